@@ -138,7 +138,9 @@ class NinjaFile:
         self.lines.append("")
 
     def edge(self, rule, out, inputs, flags=()):
-        path = lambda p: re.sub(r"([$ :])", r"$\1", str(p))  # noqa: E731
+        def path(p):
+            return re.sub(r"([$ :])", r"$\1", str(p))
+
         self.lines.append(f"build {path(out)}: {rule} {' '.join(path(p) for p in inputs)}")
         if flags:
             self.lines.append("  flags = " + " ".join(shlex.quote(f).replace("$", "$$") for f in flags))
@@ -286,7 +288,8 @@ def kernel_resources():
 
 def write_facts():
     """build.json, read by pydl._C and `python -m pydl info`: how the libraries beside it were built."""
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    git = subprocess.run(describe, capture_output=True, text=True, check=False)
     compiler = subprocess.run([*shlex.split(cxx()), "--version"], capture_output=True, text=True, check=True).stdout
     facts = {
         "version": version(),
