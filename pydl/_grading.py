@@ -1,0 +1,122 @@
+"""How far a result may be from the oracle: one rule, used by `pydl verify`, the tests and the benchmarks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+VALUE_FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+FLOOR_ULPS = 4.0
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Outcome of one comparison: errors relative to rms(oracle); `why` names the rule that was broken, if one was."""
+
+    ok: bool
+    err: float
+    bound: float
+    torch_err: float
+    why: str = ""
+
+    def __str__(self) -> str:
+        text = f"err {self.err:.2e} <= {self.bound:.2e} (torch {self.torch_err:.2e})"
+        return text if self.ok else f"{self.why or 'too far from the oracle'}: {text.replace('<=', 'against')}"
+
+
+def to_numpy(values: Any) -> np.ndarray:
+    """A tensor or array as NumPy: floating values as float64, integers and booleans as they are."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach()
+        if values.is_floating_point():
+            values = values.double()
+        values = values.cpu().numpy()
+    array = np.asarray(values)
+    return array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array
+
+
+def _after_overflow(oracle: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """The oracle with what `dtype` rounds to infinity as infinity."""
+    if dtype == torch.float64 or oracle.size == 0:
+        return oracle
+    rounded = torch.from_numpy(np.ascontiguousarray(oracle)).to(dtype).double().numpy().reshape(oracle.shape)
+    return np.where(np.isinf(rounded), rounded, oracle)
+
+
+def _non_finite_differ(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of positions where exactly one is NaN, or an infinity of one sign stands against anything else."""
+    infinite = (np.isinf(a) | np.isinf(b)) & (a != b)
+    return int(np.count_nonzero((np.isnan(a) != np.isnan(b)) | (infinite & ~(np.isnan(a) & np.isnan(b)))))
+
+
+def relative_error(out: Any, oracle: Any) -> float:
+    """max |out - oracle| / rms(oracle) over positions where both are finite; 0 where there are none.
+
+    Args:
+        out: result, tensor or array.
+        oracle: exact values of the same shape.
+
+    Returns:
+        the error; where rms(oracle) is 0, 0.0 for an exact result and infinity otherwise.
+    """
+    out, oracle = to_numpy(out), to_numpy(oracle)
+    both = np.isfinite(out) & np.isfinite(oracle)
+    if not both.any():
+        return 0.0
+    difference = np.abs(out[both] - oracle[both]).max()
+    scale = math.sqrt(np.mean(oracle[both] ** 2))
+    if scale == 0.0:
+        return 0.0 if difference == 0.0 else math.inf
+    return float(difference / scale)
+
+
+def grade(
+    out: Any,
+    oracle: Any,
+    torch_out: Any = None,
+    *,
+    dtype: torch.dtype | None = None,
+    gradient: bool = False,
+    reduction: int = 1,
+    oracle_err: float = 0.0,
+) -> Grade:
+    """Compares a result with the oracle, allowing for what torch itself gets wrong in the same dtype.
+
+    err = max |out - oracle| / rms(oracle) over positions where both are finite must not exceed 2 times torch's own
+    error (3 times for gradients) plus a floor of 4 units in the last place. Non-finite positions must match, shapes
+    must match, and where rms(oracle) is 0 the result must be exact. Integer results must be equal.
+
+    Args:
+        out: the result to grade, tensor or array.
+        oracle: exact values in float64, or integers.
+        torch_out: torch's result on the same input in the same dtype; None where torch has no such op.
+        dtype: dtype of the result; taken from `out` if that is a tensor.
+        gradient: whether the looser factor for gradients applies.
+        reduction: number of terms in the sum behind each value; the floor grows with its square root.
+        oracle_err: relative error of the oracle itself, for oracles made by finite differences.
+
+    Returns:
+        Grade.
+    """
+    dtype = dtype or (out.dtype if isinstance(out, torch.Tensor) else torch.float64)
+    got, exact = to_numpy(out), to_numpy(oracle)
+    if got.shape != exact.shape:
+        return Grade(False, math.inf, 0.0, 0.0, f"shape is {got.shape}, not {exact.shape}")
+    if not np.issubdtype(exact.dtype, np.floating):
+        wrong = int(np.count_nonzero(got != exact))
+        return Grade(wrong == 0, float(wrong), 0.0, 0.0, f"{wrong} of {exact.size} integers differ" if wrong else "")
+    exact = _after_overflow(exact, dtype)
+    torch_err = 0.0 if torch_out is None else relative_error(torch_out, exact)
+    factor = GRADIENT_FACTOR if gradient else VALUE_FACTOR
+    floor = FLOOR_ULPS * torch.finfo(dtype).eps * math.sqrt(max(reduction, 1)) + oracle_err
+    bound = factor * (torch_err if math.isfinite(torch_err) else 0.0) + floor
+    err = relative_error(got, exact)
+    wrong = _non_finite_differ(got, exact)
+    if wrong:
+        return Grade(False, err, bound, torch_err, f"{wrong} of {exact.size} values are NaN or inf where they should not, or not where they should")
+    return Grade(err <= bound, err, bound, torch_err, "" if err <= bound else "too far from the oracle")

@@ -1,0 +1,64 @@
+"""How a reference module describes its op to `pydl verify`: names, oracle, gradient and the inputs worth trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `args` and `kwargs` follow torch's signature, with float64 arrays where torch takes tensors.
+
+    Args:
+        name: shown in the report.
+        args: positional arguments, arrays for tensors.
+        kwargs: keyword arguments.
+        gradients: whether the gradient is graded too; not where torch's own is an accident (NaN times 0).
+        second: whether second derivatives are graded, by differences of the oracle's gradient: away from kinks only.
+        layouts: whether the call is repeated with strided, expanded and misaligned tensors.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    gradients: bool = True
+    second: bool = False
+    layouts: bool = False
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The tensors among the positional arguments, in order: gradients are returned in this order."""
+        return tuple(a for a in self.args if isinstance(a, np.ndarray))
+
+
+def _no_reduction(*args: Any, **kwargs: Any) -> tuple[int, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An op as the grader sees it.
+
+    Args:
+        name: the op's name in `pydl.functional`.
+        torch_name: dotted path of torch's own op below `torch`, or "" where torch has none.
+        forward: oracle with torch's signature; returns an array, or a tuple whose integer members are compared exactly.
+        gradient: `gradient(dy, *args, **kwargs)` gives one array per tensor argument.
+        cases: builds the inputs.
+        reductions: number of terms summed into each gradient, in the order of the tensor arguments (1 if shorter).
+        dtypes: names of the dtypes the op promises.
+    """
+
+    name: str
+    torch_name: str
+    forward: Callable[..., Any]
+    gradient: Callable[..., tuple[np.ndarray, ...]]
+    cases: Callable[[], Iterable[Case]]
+    reductions: Callable[..., tuple[int, ...]] = _no_reduction
+    dtypes: tuple[str, ...] = FLOATS
