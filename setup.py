@@ -82,15 +82,16 @@ def cxx():
 
 
 def nvcc():
-    """Path of nvcc: CUDA_HOME, PATH, /usr/local/cuda, or the nvidia-cuda-nvcc wheel; None when there is none."""
+    """Path of nvcc: CUDA_HOME, PATH, the nvidia-cuda-nvcc wheel or /usr/local/cuda; None when there is none."""
     if os.environ.get("PYDL_CUDA_ARCHS", "").strip().lower() == "none":
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     site = Path(sysconfig.get_path("purelib")) / "nvidia"
     torch_site = torch_facts()[0].parent / "nvidia"
     found = [Path(home) / "bin/nvcc"] if home else []
-    found += [Path(p) for p in [shutil.which("nvcc")] if p] + [Path("/usr/local/cuda/bin/nvcc")]
+    found += [Path(p) for p in [shutil.which("nvcc")] if p]
     found += [s / f / "bin/nvcc" for s in (site, torch_site) for f in ("cu13", "cuda_nvcc")]
+    found += [Path("/usr/local/cuda/bin/nvcc")]
     return next((p for p in found if os.access(p, os.X_OK)), None)
 
 
