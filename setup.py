@@ -292,6 +292,8 @@ def write_facts():
     describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
     git = subprocess.run(describe, capture_output=True, text=True, check=False)
     compiler = subprocess.run([*shlex.split(cxx()), "--version"], capture_output=True, text=True, check=True).stdout
+    path = ROOT / FACTS
+    old = json.loads(path.read_text()) if path.exists() and (ROOT / LIB_CUDA).exists() else {}
     facts = {
         "version": version(),
         "commit": git.stdout.strip() or None,
@@ -300,11 +302,14 @@ def write_facts():
         "isa_levels": list(ISA_LEVELS),
         "torch_version": torch_facts()[1],
         "torch_target": TORCH_TARGET_VERSION,
-        "nvcc": str(nvcc()) if nvcc() else None,
-        "cuda_archs": [arch + ("+PTX" if ptx else "") for arch, ptx in cuda_archs()] if nvcc() else [],
+        "nvcc": old.get("nvcc"),
+        "cuda_archs": old.get("cuda_archs", []),
         "kernels": kernel_resources(),
     }
-    (ROOT / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    if nvcc():
+        facts["nvcc"] = str(nvcc())
+        facts["cuda_archs"] = [arch + ("+PTX" if ptx else "") for arch, ptx in cuda_archs()]
+    path.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------- setuptools commands
