@@ -6,6 +6,7 @@ every reference to it (weight tying, optimisers, a module used twice) stay as th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -140,7 +141,8 @@ def _walk(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str]]:
 def _untouchable(module: torch.nn.Module) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted: its code is fixed"
-    if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+    dynamo = sys.modules.get("torch._dynamo")  # a model can only be compiled once this is imported
+    if (dynamo and isinstance(module, dynamo.OptimizedModule)) or module._compiled_call_impl is not None:
         return "compiled: accelerate the model before torch.compile"
     if isinstance(module, torch.fx.GraphModule):
         return "a traced graph: accelerate the model before tracing"

@@ -211,13 +211,12 @@ def choose(family: Family, x: Tensor, declined: str = "") -> Decision:
 
 
 def _kind(x: Tensor) -> str:
-    """The name of a tensor subclass, whose own behaviour torch must preserve; empty for tensors that kernels may read."""
+    """The name of a tensor subclass, whose behaviour torch must preserve; empty for tensors that kernels may read."""
     if type(x) is Tensor or type(x) is Parameter or isinstance(x, (FakeTensor, FunctionalTensor)):
         return ""
     return type(x).__name__
 
 
-@torch._dynamo.assume_constant_result
 def _choose_compiling(
     name: str, device_type: str, dtype: str, kind: str, declined: str, forced: str | None
 ) -> tuple[str, str, str, bool]:
@@ -226,6 +225,10 @@ def _choose_compiling(
     decision = _resolve(_families[name], device, getattr(torch, dtype.removeprefix("torch.")), kind, declined, forced)
     record(decision, "forward")
     return decision.op, decision.backend, decision.reason, decision.fallback
+
+
+# what torch.compiler.assume_constant_result sets, without the 1.4 s that importing torch._dynamo adds to `import pydl`
+_choose_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _resolve(

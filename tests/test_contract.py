@@ -1,4 +1,4 @@
-"""The op contract, on a toy operator y = s * w * x^3 whose every derivative is known: all the ways torch calls an op."""
+"""The op contract on a toy operator y = s * w * x^3, whose every derivative is known: all the ways torch calls an op."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydl import ops
+from pydl.ops.activations import gelu, heaviside_step, leaky_relu, relu, sigmoid, silu, tanh
 
 __all__ = ["GELU", "HeavisideStep", "LeakyReLU", "ReLU", "SiLU", "Sigmoid", "Tanh"]
 
@@ -15,7 +15,7 @@ class ReLU(torch.nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """max(x, 0)."""
-        return ops.relu(input, self.inplace)
+        return relu(input, self.inplace)
 
 
 class LeakyReLU(torch.nn.LeakyReLU):
@@ -23,7 +23,7 @@ class LeakyReLU(torch.nn.LeakyReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """x where x > 0, else negative_slope * x."""
-        return ops.leaky_relu(input, self.negative_slope, self.inplace)
+        return leaky_relu(input, self.negative_slope, self.inplace)
 
 
 class Sigmoid(torch.nn.Sigmoid):
@@ -31,7 +31,7 @@ class Sigmoid(torch.nn.Sigmoid):
 
     def forward(self, input: Tensor) -> Tensor:
         """1 / (1 + exp(-x))."""
-        return ops.sigmoid(input)
+        return sigmoid(input)
 
 
 class Tanh(torch.nn.Tanh):
@@ -39,7 +39,7 @@ class Tanh(torch.nn.Tanh):
 
     def forward(self, input: Tensor) -> Tensor:
         """Hyperbolic tangent."""
-        return ops.tanh(input)
+        return tanh(input)
 
 
 class GELU(torch.nn.GELU):
@@ -47,7 +47,7 @@ class GELU(torch.nn.GELU):
 
     def forward(self, input: Tensor) -> Tensor:
         """x Phi(x), exact or by tanh."""
-        return ops.gelu(input, self.approximate)
+        return gelu(input, self.approximate)
 
 
 class SiLU(torch.nn.SiLU):
@@ -55,7 +55,7 @@ class SiLU(torch.nn.SiLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """x * sigmoid(x)."""
-        return ops.silu(input, self.inplace)
+        return silu(input, self.inplace)
 
 
 class HeavisideStep(torch.nn.Module):
@@ -71,7 +71,7 @@ class HeavisideStep(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Ones at and above the threshold."""
-        return ops.heaviside_step(input, self.threshold)
+        return heaviside_step(input, self.threshold)
 
     def extra_repr(self) -> str:
         """The threshold."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydl import ops
+from pydl.ops.layer_norm import layer_norm
 
 __all__ = ["LayerNorm"]
 
@@ -18,4 +18,4 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each sample over its last dimensions."""
-        return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pydl import ops
+from pydl.ops.max_pool import max_pool2d
 
 __all__ = ["MaxPool2d"]
 
@@ -16,8 +18,8 @@ class MaxPool2d(torch.nn.MaxPool2d):
     Shape: input [N, C, H, W] or [C, H, W]; output [N, C, H_out, W_out] or [C, H_out, W_out].
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         """Largest value of each window (and its index with return_indices)."""
-        return ops.max_pool2d(
+        return max_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
         )

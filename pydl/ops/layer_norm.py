@@ -47,12 +47,13 @@ def layer_norm(
         NotImplementedError: an input that is not floating point.
 
     Statistics are float32 (float64 for float64) from deviations around the mean, so a large mean costs no digits.
-    Weight gradients are summed in two stages in a fixed order: the same bits on every run. Differentiable twice and more.
+    Weight gradients are summed in two stages in a fixed order: the same bits on every run. Differentiable at any order.
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
     _check(input, normalized_shape, weight, bias)
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
-        input, weight, bias = (t if t is None else t.float() for t in (input, weight, bias))
+        input = input.float()
+        weight, bias = (t if t is None else t.float() for t in (weight, bias))
     decision = choose(_FAMILY, input)
     if decision.backend == "torch":
         return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
@@ -91,7 +92,7 @@ def _check_parameter(name: str, t: Tensor, input: Tensor, size: list[int]) -> No
     if list(t.shape) != size:
         raise RuntimeError(f"layer_norm: argument {name!r} must have shape {size}, got {list(t.shape)}")
     if t.device != input.device:
-        raise RuntimeError(f"layer_norm: argument {name!r} must be on the input's device {input.device}, got {t.device}")
+        raise RuntimeError(f"layer_norm: argument {name!r} must be on {input.device} as the input, got {t.device}")
     if t.dtype != input.dtype and not (t.dtype is torch.float32 and input.dtype in (torch.float16, torch.bfloat16)):
         raise RuntimeError(
             f"layer_norm: argument {name!r} must have the input's dtype {input.dtype}"
@@ -163,7 +164,7 @@ def _bwd_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradient of (dx, dweight, dbias) with respect to (dy, x, weight), in torch ops so that it can be differentiated.
 
-    With xhat = (x - mean) rstd, g = dy w and P(v) = v - mean(v) - xhat mean(v xhat), which is symmetric, the backward is
+    With xhat = (x - mean) rstd, g = dy w and P(v) = v - mean(v) - xhat mean(v xhat), a symmetric map, the backward is
     dx = rstd P(g), dweight = sum dy xhat, dbias = sum dy. Its cotangents v, a, b then give
     dy: w rstd P(v) + a xhat + b;  w: sum dy rstd P(v);
     x: rstd P(a dy - rstd (v mean(g xhat) + g mean(v xhat))) - rstd^2 xhat mean(v P(g)).

@@ -55,8 +55,8 @@ def max_pool2d(
         RuntimeError: a rank, size, or argument that makes no sense; the message names it.
 
     NaN propagates; of equal maxima the first in row order wins. When no gradient and no indices are wanted only values
-    are computed; for a gradient one byte per output is kept (windows to 255 taps). The backward gathers: no atomics, the
-    same bits on every run, differentiable again.
+    are computed; for a gradient one byte per output is kept (windows to 255 taps). The backward uses no atomics: the
+    same bits on every run. It can be differentiated again.
     """
     window = _check(input, kernel_size, stride, padding, dilation, ceil_mode)
     decision = choose(_FAMILY, input)
