@@ -1,0 +1,68 @@
+"""max_pool2d k3 s2 p1 in both layouts: the reference rows of the CPU table, small, large, and host cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bench._case import Call, Case
+
+FUNCTION = "max_pool2d"
+
+_HOST = {"cpu fwd": {"host_us": 8.0}, "cuda fwd": {"host_us": 20.0}}
+_HOST_GRAD = {"cpu fwd": {"host_us": 16.0}, "cuda fwd": {"host_us": 30.0}}
+_GPU = {"cuda fwd": {"ratio_to_torch": 1.8, "ratio_to_compile": 1.0}, "cuda bwd": {"ratio_to_torch": 1.5}}
+
+
+def _shape(*shape: int, channels_last: bool = False, window: tuple[int, int, int] = (3, 2, 1)) -> dict[str, Any]:
+    return {"shape": shape, "channels_last": channels_last, "window": window}
+
+
+_TINY = _shape(1, 2, 2, 2, window=(2, 2, 0))
+
+CASES = [
+    Case(
+        "16x256x28x28",
+        _shape(16, 256, 28, 28),
+        devices=("cpu", "cuda"),
+        targets={"cpu fwd": {"ratio_to_torch": 8.0}, "cpu bwd": {"ratio_to_torch": 1.0}},
+        panel=True,
+    ),
+    Case(
+        "16x256x28x28-cl",
+        _shape(16, 256, 28, 28, channels_last=True),
+        devices=("cpu", "cuda"),
+        targets={"cpu fwd": {"ratio_to_torch": 1.3}, "cpu bwd": {"ratio_to_torch": 1.5}},
+        panel=True,
+    ),
+    Case("small-1x64x56x56", _shape(1, 64, 56, 56)),
+    Case("small-1x64x56x56-cl", _shape(1, 64, 56, 56, channels_last=True)),
+    Case("k2s2-16x128x28x28", _shape(16, 128, 28, 28, window=(2, 2, 0))),
+    Case("large-16x64x112x112", _shape(16, 64, 112, 112)),
+    Case("large-16x64x112x112-cl", _shape(16, 64, 112, 112, channels_last=True)),
+    Case("128x64x112x112", _shape(128, 64, 112, 112), devices=("cuda",), targets=_GPU, panel=True),
+    Case("128x64x112x112-cl", _shape(128, 64, 112, 112, channels_last=True), ("cuda",), targets=_GPU, panel=True),
+    Case("host-8", _TINY, ("cpu", "cuda"), ("fwd",), _HOST, host=True),
+    Case("host-8-grad", _TINY, ("cpu", "cuda"), ("fwd",), _HOST_GRAD, grad=True, host=True),
+]
+
+
+def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> Call:
+    """Normal x; in bf16 many windows hold ties, whose first maximum must win."""
+    x = torch.randn(*case.params["shape"], generator=generator).to(device, dtype)
+    if case.params["channels_last"]:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return Call((x, *case.params["window"]), {}, (x,), (4,))
+
+
+def work(case: Case, itemsize: int) -> dict[str, tuple[int, int]]:
+    """fwd: x in, y out; bwd: dy and a one-byte offset in, dx out; one comparison per tap, one addition per window."""
+    n, c, h, w = case.params["shape"]
+    kernel, stride, padding = case.params["window"]
+    windows = n * c * ((h + 2 * padding - kernel) // stride + 1) * ((w + 2 * padding - kernel) // stride + 1)
+    size = n * c * h * w
+    return {
+        "fwd": ((size + windows) * itemsize, windows * kernel * kernel),
+        "bwd": ((size + windows) * itemsize + windows, windows),
+    }
