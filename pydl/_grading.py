@@ -54,25 +54,16 @@ def _non_finite_differ(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.count_nonzero((np.isnan(a) != np.isnan(b)) | (infinite & ~(np.isnan(a) & np.isnan(b)))))
 
 
-def relative_error(out: Any, oracle: Any) -> float:
-    """max |out - oracle| / rms(oracle) over positions where both are finite; 0 where there are none.
-
-    Args:
-        out: result, tensor or array.
-        oracle: exact values of the same shape.
-
-    Returns:
-        the error; where rms(oracle) is 0, 0.0 for an exact result and infinity otherwise.
-    """
-    out, oracle = to_numpy(out), to_numpy(oracle)
+def _scale(out: np.ndarray, oracle: np.ndarray) -> float:
+    """rms(oracle) over positions where both are finite; 0 where there are none."""
     both = np.isfinite(out) & np.isfinite(oracle)
-    if not both.any():
-        return 0.0
-    difference = np.abs(out[both] - oracle[both]).max()
-    scale = math.sqrt(np.mean(oracle[both] ** 2))
-    if scale == 0.0:
-        return 0.0 if difference == 0.0 else math.inf
-    return float(difference / scale)
+    return math.sqrt(np.mean(oracle[both] ** 2)) if both.any() else 0.0
+
+
+def _error(out: np.ndarray, oracle: np.ndarray, scale: float) -> float:
+    """max |out - oracle| / scale over positions where both are finite, absolute if the scale is 0."""
+    both = np.isfinite(out) & np.isfinite(oracle)
+    return float(np.abs(out[both] - oracle[both]).max() / (scale or 1.0)) if both.any() else 0.0
 
 
 def grade(
@@ -89,7 +80,8 @@ def grade(
 
     err = max |out - oracle| / rms(oracle) over positions where both are finite must not exceed 2 times torch's own
     error (3 times for gradients) plus a floor of 4 units in the last place. Non-finite positions must match, shapes
-    must match, and where rms(oracle) is 0 the result must be exact. Integer results must be equal.
+    must match. Where rms(oracle) is 0 errors are absolute and there is no floor: the result must be exact if torch's is.
+    Integer results must be equal.
 
     Args:
         out: the result to grade, tensor or array.
@@ -111,12 +103,15 @@ def grade(
         wrong = int(np.count_nonzero(got != exact))
         return Grade(wrong == 0, float(wrong), 0.0, 0.0, f"{wrong} of {exact.size} integers differ" if wrong else "")
     exact = _after_overflow(exact, dtype)
-    torch_err = 0.0 if torch_out is None else relative_error(torch_out, exact)
+    scale = _scale(got, exact)
+    torch_err = 0.0 if torch_out is None else _error(to_numpy(torch_out), exact, scale)
     factor = GRADIENT_FACTOR if gradient else VALUE_FACTOR
     floor = FLOOR_ULPS * torch.finfo(dtype).eps * math.sqrt(max(reduction, 1)) + oracle_err
-    bound = factor * (torch_err if math.isfinite(torch_err) else 0.0) + floor
-    err = relative_error(got, exact)
+    bound = factor * torch_err + (floor if scale else 0.0)
+    err = _error(got, exact, scale)
     wrong = _non_finite_differ(got, exact)
     if wrong:
-        return Grade(False, err, bound, torch_err, f"{wrong} of {exact.size} values are NaN or inf where they should not, or not where they should")
+        return Grade(
+            False, err, bound, torch_err, f"{wrong} of {exact.size} values are wrongly NaN or inf, or wrongly not"
+        )
     return Grade(err <= bound, err, bound, torch_err, "" if err <= bound else "too far from the oracle")

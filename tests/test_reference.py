@@ -14,7 +14,7 @@ from pydl.reference.layer_norm import layer_norm, layer_norm_stats
 from pydl.reference.max_pool import max_pool2d, max_pool2d_grad, output_size
 
 SPECS = reference.specs()
-CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() for case in spec.cases()]
+CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() if spec.torch_name for case in spec.cases()]
 
 
 def torch_op(spec):
@@ -108,7 +108,8 @@ def test_output_size_equals_torch_on_a_grid(ceil_mode):
 
 
 def test_step_counts_the_threshold_as_on():
-    from pydl.reference.activations import step, step_grad
+    from pydl.reference.activations import heaviside_step as step
+    from pydl.reference.activations import heaviside_step_grad as step_grad
 
     x = np.array([-1.0, 0.0, 1.0, np.nan])
     np.testing.assert_array_equal(step(x), [0.0, 1.0, 1.0, 0.0])

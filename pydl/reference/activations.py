@@ -97,12 +97,12 @@ def silu_grad(dy: np.ndarray, x: np.ndarray) -> np.ndarray:
     return dy * sigmoid(x) * (1.0 + x * sigmoid(-x))
 
 
-def step(x: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+def heaviside_step(x: np.ndarray, threshold: float = 0.0) -> np.ndarray:
     """Heaviside step: 1 where x >= threshold, else 0 (also at NaN)."""
     return np.where(x >= threshold, 1.0, 0.0)
 
 
-def step_grad(dy: np.ndarray, x: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+def heaviside_step_grad(dy: np.ndarray, x: np.ndarray, threshold: float = 0.0) -> np.ndarray:
     """Zero: the step has no slope wherever it has a derivative."""
     return np.zeros(x.shape)
 
@@ -117,21 +117,22 @@ def _cases(forms: tuple[dict[str, Any], ...], at_infinity: bool) -> Iterator[Cas
         yield Case(f"4-D{form}", (rng.standard_normal((2, 3, 8, 5)),), kwargs, layouts=True, second=True)
         yield Case(f"mean 8{form}", (8.0 + rng.standard_normal(500),), kwargs)
         yield Case(f"wide{form}", (np.linspace(-30.0, 30.0, 1001),), kwargs)
-        yield Case(f"large{form}", (np.array([-6e4, -300.0, 300.0, 6e4]),), kwargs)  # 6e4: near the end of fp16
-        yield Case(f"denormals{form}", (np.linspace(-1e-40, 1e-40, 33),), kwargs)
+        yield Case(f"large{form}", (np.array([-6e4, -300.0, -1.0, 0.5, 300.0, 6e4]),), kwargs)  # 6e4: near the end of fp16
+        yield Case(f"denormals{form}", (np.linspace(-1e-38, 1e-38, 33),), kwargs)
         edges = [0.0, -0.0, np.nan] + ([np.inf, -np.inf] if at_infinity else [])
         yield Case(f"special values{form}", (np.array(edges),), kwargs, gradients=at_infinity)
         yield Case(f"empty{form}", (np.zeros((3, 0)),), kwargs)
 
 
-def _spec(name: str, *forms: dict[str, Any], at_infinity: bool = True) -> Spec:
+def _spec(name: str, *forms: dict[str, Any], at_infinity: bool = True, in_torch: bool = True) -> Spec:
     forward = globals()[name]
     derivative = globals()[f"{name}_grad"]
 
     def gradient(dy: np.ndarray, x: np.ndarray, **options: Any) -> tuple[np.ndarray, ...]:
         return (derivative(dy, x, **options),)
 
-    return Spec(name, f"nn.functional.{name}", forward, gradient, partial(_cases, forms or ({},), at_infinity))
+    torch_name = f"nn.functional.{name}" if in_torch else ""
+    return Spec(name, torch_name, forward, gradient, partial(_cases, forms or ({},), at_infinity))
 
 
 SPECS = (
@@ -141,4 +142,5 @@ SPECS = (
     _spec("tanh"),
     _spec("gelu", {"approximate": "none"}, {"approximate": "tanh"}, at_infinity=False),
     _spec("silu", at_infinity=False),
+    _spec("heaviside_step", {"threshold": 0.0}, {"threshold": 0.5}, in_torch=False),
 )

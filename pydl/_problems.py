@@ -1,0 +1,179 @@
+"""One call to be graded: inputs placed between NaN canaries in a chosen layout, and what the oracle says of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pydl.reference import Case, Spec
+
+LAYOUTS = ("contiguous", "misaligned", "cropped", "strided", "transposed", "expanded", "channels_last")
+MARGIN = 64  # elements of NaN before and after every input: also keeps the 16-byte alignment of what lies between
+DIFFERENCE_STEP = 1e-5
+DIFFERENCE_ERR = 1e-7  # relative error of a central difference with that step, in float64
+
+Tensors = list[Tensor]
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors hold NaN (integers their largest value) while active, so that an element nobody wrote is seen."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class Guarded:
+    """A tensor in the middle of a larger buffer of NaN; `intact()` tells whether anything in the buffer was changed."""
+
+    def __init__(self, values: np.ndarray, layout: str, dtype: torch.dtype, device: torch.device) -> None:
+        size, order = list(values.shape), list(range(values.ndim))
+        room, take = list(size), [slice(None)] * values.ndim
+        if layout == "transposed" and values.ndim > 1:
+            order[-2:] = order[:-3:-1]
+        elif layout == "channels_last" and values.ndim == 4:
+            order = [0, 2, 3, 1]
+        elif layout == "cropped" and values.ndim > 1:
+            room[-1] += 3  # rows do not follow one another, and no row but the first is aligned
+        elif layout == "strided" and values.ndim:
+            room[-1] *= 2
+            take[-1] = slice(None, None, 2)
+        elif layout == "expanded" and values.ndim > 1:
+            room[0] = min(1, size[0])
+        margin = 1 if layout == "misaligned" else MARGIN
+        count = int(np.prod(room))
+        self.buffer = torch.full((count + 2 * MARGIN,), float("nan"), dtype=dtype, device=device)
+        stored = [room[axis] for axis in order]
+        block = self.buffer[margin : margin + count].view(stored).permute(*np.argsort(order).tolist())
+        block = block[tuple(slice(0, n) if layout == "cropped" else t for n, t in zip(size, take, strict=True))]
+        block.copy_(torch.from_numpy(np.ascontiguousarray(values[: room[0]] if values.ndim else values)))
+        self.tensor = block.expand(size)
+        self._before = self.buffer.clone()
+
+    def intact(self) -> bool:
+        """Whether neither the values nor the canaries around them were written."""
+        return same_bits(self.buffer, self._before)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality of shape, dtype and every bit, NaN included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.detach().contiguous().view(torch.uint8), b.detach().contiguous().view(torch.uint8))
+
+
+def applicable(case: Case) -> list[str]:
+    """Layouts that differ from "contiguous" for this case's first tensor."""
+    ndim = case.arrays[0].ndim
+    least = {"misaligned": 1, "cropped": 2, "strided": 1, "transposed": 2, "expanded": 2, "channels_last": 4}
+    return [name for name, n in least.items() if ndim >= n and (name != "channels_last" or ndim == 4)]
+
+
+class Problem:
+    """A case in one dtype and layout, with the oracle's answers computed on demand from the rounded inputs."""
+
+    def __init__(self, spec: Spec, case: Case, dtype: torch.dtype, layout: str = "contiguous") -> None:
+        self.spec, self.case, self.dtype, self.layout = spec, case, dtype, layout
+        arrays = [_round(a, dtype) for a in case.arrays]
+        if layout == "expanded":
+            arrays[0] = np.broadcast_to(arrays[0][:1], arrays[0].shape).copy()
+        self.arrays = arrays
+        self._rng = np.random.default_rng(zlib.crc32(f"{spec.name} {case.name} {layout}".encode()))
+
+    @property
+    def name(self) -> str:
+        return self.case.name if self.layout == "contiguous" else f"{self.case.name}, {self.layout}"
+
+    def place(self, device: torch.device) -> tuple[list[Guarded], list[Any]]:
+        """Fresh inputs and the positional arguments made of them."""
+        first = "strided" if self.layout == "strided" else "misaligned" if self.layout == "misaligned" else "contiguous"
+        layouts = [self.layout, *([first] * len(self.arrays))]
+        guards = [
+            Guarded(a, layout, self.dtype, device)
+            for a, layout in zip(self.arrays, layouts[: len(self.arrays)], strict=True)
+        ]
+        tensors = iter(guards)
+        args = [next(tensors).tensor if isinstance(a, np.ndarray) else a for a in self.case.args]
+        return guards, args
+
+    def _substitute(self, arrays: Sequence[np.ndarray]) -> list[Any]:
+        supply = iter(arrays)
+        return [next(supply) if isinstance(a, np.ndarray) else a for a in self.case.args]
+
+    def _forward(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        out = self.spec.forward(*self._substitute(arrays), **self.case.kwargs)
+        return out if isinstance(out, tuple) else (out,)
+
+    def _gradient(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        return self.spec.gradient(self.dy, *self._substitute(arrays), **self.case.kwargs)
+
+    @functools.cached_property
+    def values(self) -> tuple[np.ndarray, ...]:
+        """The oracle's outputs."""
+        return self._forward(self.arrays)
+
+    @functools.cached_property
+    def dy(self) -> np.ndarray:
+        """A random gradient of the first output, exact in the dtype."""
+        return _round(self._rng.standard_normal(self.values[0].shape), self.dtype)
+
+    @functools.cached_property
+    def gradients(self) -> tuple[np.ndarray, ...]:
+        """The oracle's gradients of sum(dy * y), one per tensor argument."""
+        return self._gradient(self.arrays)
+
+    @functools.cached_property
+    def directions(self) -> list[np.ndarray]:
+        """Random cotangents of the gradients, one per tensor argument."""
+        return [_round(self._rng.standard_normal(a.shape), self.dtype) for a in self.arrays]
+
+    @functools.cached_property
+    def second(self) -> tuple[np.ndarray, ...]:
+        """Gradients of sum(direction * gradient) with respect to every tensor argument and dy.
+
+        The Hessian of sum(dy * y) is symmetric, so they are its product with the directions: the derivative of the
+        oracle's gradient along them, and for dy the derivative of its output; both by central differences.
+        """
+        h = DIFFERENCE_STEP
+        ahead = [a + h * v for a, v in zip(self.arrays, self.directions, strict=True)]
+        behind = [a - h * v for a, v in zip(self.arrays, self.directions, strict=True)]
+        after, before = self._gradient(ahead), self._gradient(behind)
+        slopes = [(p - m) / (2 * h) for p, m in zip(after, before, strict=True)]
+        return (*slopes, (self._forward(ahead)[0] - self._forward(behind)[0]) / (2 * h))
+
+    @functools.cached_property
+    def reductions(self) -> list[int]:
+        """Number of terms behind each gradient."""
+        given = self.spec.reductions(*self._substitute(self.arrays), **self.case.kwargs)
+        return [*given, *([1] * (len(self.arrays) - len(given)))]
+
+
+def _round(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).double().numpy().reshape(values.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def problems(spec: Spec, dtype: torch.dtype) -> tuple[Problem, ...]:
+    """Every case of an op in one dtype, those marked so in every layout; kept, since several backends face them."""
+    found: list[Problem] = []
+    for case in spec.cases():
+        found.append(Problem(spec, case, dtype))
+        if case.layouts:
+            found += [Problem(spec, case, dtype, layout) for layout in applicable(case)]
+    return tuple(found)

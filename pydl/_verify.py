@@ -1,0 +1,376 @@
+"""`pydl.verify(fn, op=...)` and `python -m pydl verify`: any implementation of an op, graded against the oracle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pydl._grading import Grade, grade
+from pydl._problems import DIFFERENCE_ERR, Problem, poisoned_memory, problems, same_bits
+from pydl.reference import Spec, specs
+
+CHECKS = ("values", "gradients", "second", "re-run", "inputs")
+SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
+RERUNS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: what was checked, on which case, and its grade."""
+
+    dtype: str
+    check: str
+    case: str
+    grade: Grade
+
+
+@dataclass
+class Report:
+    """All comparisons of one function; iterable, true when everything passed, printed as a table."""
+
+    op: str
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every comparison passed."""
+        return bool(self.rows) and all(row.grade.ok for row in self.rows)
+
+    @property
+    def failures(self) -> list[Row]:
+        """The comparisons that did not pass."""
+        return [row for row in self.rows if not row.grade.ok]
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def worst(self, dtype: str, check: str) -> Row | None:
+        """The comparison that came closest to its bound, or broke it most."""
+        rows = [row for row in self.rows if (row.dtype, row.check) == (dtype, check)]
+        return max(rows, key=_severity, default=None)
+
+    def __str__(self) -> str:
+        head = ("dtype", "check", "passed", "worst error", "torch's", "bound", "worst case")
+        table = [head]
+        for dtype in dict.fromkeys(row.dtype for row in self.rows):
+            for check in CHECKS:
+                rows = [row for row in self.rows if (row.dtype, row.check) == (dtype, check)]
+                worst = self.worst(dtype, check)
+                if worst is not None:
+                    passed = f"{sum(row.grade.ok for row in rows)}/{len(rows)}"
+                    g = worst.grade
+                    table.append((dtype, check, passed, *map(_number, (g.err, g.torch_err, g.bound)), worst.case))
+        lines = [f"{self.op}: {'ok' if self.ok else 'WRONG'}", *_columns(table)]
+        lines += [f"  {row.dtype} {row.check}, {row.case}: {row.grade}" for row in self.failures[:20]]
+        if len(self.failures) > 20:
+            lines.append(f"  and {len(self.failures) - 20} more")
+        return "\n".join(lines)
+
+
+def _severity(row: Row) -> tuple[bool, float]:
+    g = row.grade
+    return (not g.ok, g.err / g.bound if g.bound else g.err)
+
+
+def _number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def _columns(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def verify(
+    fn: Callable[..., Any],
+    *,
+    op: str,
+    dtype: str | Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+) -> Report:
+    """Grades any function that claims to compute an op: ours, yours, or a rival's.
+
+    Values, gradients and second gradients are compared with a NumPy float64 oracle over the op's cases, edge sizes and
+    memory layouts, by the rule in :func:`pydl._grading.grade`. Uninitialised memory is NaN meanwhile, inputs lie
+    between NaN canaries that must survive, and every call is repeated and must give the same bits.
+
+    Args:
+        fn: called with the arguments of the torch op of that name.
+        op: name in `pydl.functional`, such as "layer_norm".
+        dtype: one name or several ("float32" or "fp32", ...); all that the op promises by default.
+        device: where the tensors are.
+
+    Returns:
+        Report: true if everything passed; print it for a table with torch's error beside each of ours.
+
+    Raises:
+        ValueError: if the op or a dtype is unknown.
+    """
+    found = specs(op)
+    if len(found) != 1:
+        raise ValueError(f"verify: op must be one function, but {op!r} holds {', '.join(found)}")
+    spec = next(iter(found.values()))
+    device = torch.device(device)
+    report = Report(spec.name)
+    for name in _dtype_names(spec, dtype):
+        for problem in problems(spec, getattr(torch, name)):
+            report.rows += [Row(name, *row) for row in _verify_problem(fn, problem, device)]
+    return report
+
+
+def _dtype_names(spec: Spec, dtype: str | Sequence[str] | None) -> list[str]:
+    given = spec.dtypes if dtype is None else [dtype] if isinstance(dtype, str) else dtype
+    names = [SHORT.get(str(name), str(name)).removeprefix("torch.") for name in given]
+    for name in names:
+        if name not in SHORT.values():
+            raise ValueError(f"verify: dtype must be one of {', '.join((*SHORT, *SHORT.values()))}, but got {name!r}")
+    return names
+
+
+def torch_function(spec: Spec) -> Callable[..., Any] | None:
+    """Torch's own op, or None where it has none."""
+    target: Any = torch
+    for part in spec.torch_name.split(".") if spec.torch_name else ():
+        target = getattr(target, part)
+    return target if spec.torch_name else None
+
+
+class _Run:
+    """Outputs of one call, and on demand its gradients; `error` holds what was raised instead."""
+
+    def __init__(self, fn: Callable[..., Any], problem: Problem, device: torch.device, level: str) -> None:
+        self.values: tuple[Tensor, ...] = ()
+        self.gradients: tuple[Tensor, ...] = ()
+        self.error = ""
+        self.guards, args = problem.place(device)
+        tensors = [guard.tensor for guard in self.guards]
+        try:
+            with torch.set_grad_enabled(level != "values"):
+                for tensor in tensors:
+                    tensor.requires_grad_(level != "values")
+                out = fn(*args, **problem.case.kwargs)
+                self.values = out if isinstance(out, tuple) else (out,)
+                if level == "gradients":
+                    dy = self._dy(problem, device)
+                    self.gradients = torch.autograd.grad(self.values[0], tensors, dy)
+                elif level == "second":
+                    self.gradients = self._second(problem, tensors, self._dy(problem, device).requires_grad_())
+        except Exception as error:  # whatever a graded function raises is its result
+            self.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+    @staticmethod
+    def _dy(problem: Problem, device: torch.device) -> Tensor:
+        return torch.from_numpy(problem.dy).to(device, problem.dtype)
+
+    def _second(self, problem: Problem, tensors: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(self.values[0], tensors, dy, create_graph=True)
+        directions = [torch.from_numpy(v).to(dy.device, problem.dtype) for v in problem.directions]
+        total = sum((g * v).sum() for g, v in zip(first, directions, strict=True))
+        assert isinstance(total, Tensor)
+        wanted = [*tensors, dy]
+        given = torch.autograd.grad(total, wanted, allow_unused=True)
+        return tuple(torch.zeros_like(w) if g is None else g for g, w in zip(given, wanted, strict=True))
+
+
+def _verify_problem(fn: Callable[..., Any], problem: Problem, device: torch.device) -> Iterator[tuple[str, str, Grade]]:
+    """Rows (check, case, grade) of one problem."""
+    levels = ["values"]
+    if problem.case.gradients:
+        levels.append("gradients")
+    if problem.case.second and problem.layout == "contiguous":
+        levels.append("second")
+    reference = torch_function(problem.spec)
+    for level in levels:
+        with poisoned_memory():
+            ours = _Run(fn, problem, device, level)
+        torchs = _Run(reference, problem, device, level) if reference is not None else None
+        if ours.error:
+            yield level, problem.name, _broken(f"raised {ours.error}")
+            continue
+        for label, graded in _compare(ours, torchs, problem, level):
+            yield level, label, graded
+        if not all(guard.intact() for guard in ours.guards):
+            yield "inputs", problem.name, _broken("an input or the memory beside it was written")
+        if level != "second":
+            yield "re-run", f"{problem.name} {level}", _repeat(fn, ours, problem, device, level)
+
+
+def _broken(why: str) -> Grade:
+    return Grade(False, math.inf, 0.0, 0.0, why)
+
+
+def _compare(ours: _Run, torchs: _Run | None, problem: Problem, level: str) -> Iterator[tuple[str, Grade]]:
+    exact = problem.values
+    if len(ours.values) != len(exact):
+        yield problem.name, _broken(f"returned {len(ours.values)} tensors, not {len(exact)}")
+        return
+    usable = torchs is not None and not torchs.error
+    for i, (out, oracle) in enumerate(zip(ours.values, exact, strict=True)):
+        theirs = torchs.values[i] if usable and torchs is not None else None
+        wanted = theirs.dtype if theirs is not None else problem.dtype
+        if not isinstance(out, Tensor) or out.dtype != wanted or out.device.type != ours.guards[0].tensor.device.type:
+            kind = f"{out.dtype} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+            yield problem.name, _broken(f"result {i} is {kind}, not {wanted} on the input's device")
+        elif level != "second":
+            yield problem.name, grade(out, oracle, theirs, dtype=out.dtype if out.is_floating_point() else None)
+    if level == "values":
+        return
+    oracles = problem.gradients if level == "gradients" else problem.second
+    lengths = problem.reductions if level == "gradients" else [_longest(problem), *([_longest(problem)] * len(oracles))]
+    for i, (got, oracle) in enumerate(zip(ours.gradients, oracles, strict=True)):
+        yield (
+            f"{problem.name} [{i}]",
+            grade(
+                got,
+                oracle,
+                torchs.gradients[i] if usable and torchs is not None else None,
+                dtype=problem.dtype,
+                gradient=True,
+                reduction=lengths[i],
+                oracle_err=DIFFERENCE_ERR if level == "second" else 0.0,
+            ),
+        )
+
+
+def _longest(problem: Problem) -> int:
+    return max(*problem.reductions, problem.arrays[0].shape[-1])
+
+
+def _repeat(fn: Callable[..., Any], first: _Run, problem: Problem, device: torch.device, level: str) -> Grade:
+    """Passes when further calls, with ordinary memory, give the same bits as the first."""
+    for _ in range(RERUNS - 1):
+        again = _Run(fn, problem, device, level)
+        pairs = zip((*first.values, *first.gradients), (*again.values, *again.gradients), strict=False)
+        if again.error or not all(same_bits(a, b) for a, b in pairs):
+            return _broken(again.error or "the same call gave other bits")
+    return Grade(True, 0.0, 0.0, 0.0)
+
+
+def _candidates(spec: Spec, wanted: Sequence[str] | None) -> list[tuple[str, str]]:
+    """(backend, device) pairs to try for one op; those that cannot run are reported with their reason."""
+    pairs = [("cpu", "cpu"), ("triton", "cpu")]
+    if torch.cuda.is_available():
+        pairs = [("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")]
+    if wanted is not None:
+        cuda = "cuda" if torch.cuda.is_available() else "cpu"
+        pairs = [(name, cuda if name in ("cuda", "triton") else "cpu") for name in wanted]
+    return pairs
+
+
+def _refusal(spec: Spec, backend: str, device: str, dtype: str) -> str:
+    """Why a forced backend does not take this op and dtype here; empty if it does."""
+    from pydl.backend import backend as forced
+
+    sample = next(c for c in spec.cases() if c.arrays[0].size)
+    args = [
+        torch.from_numpy(a).to(device, getattr(torch, dtype)) if isinstance(a, np.ndarray) else a for a in sample.args
+    ]
+    try:
+        with forced(backend), torch.no_grad():
+            _public(spec)(*args, **sample.kwargs)
+    except RuntimeError as error:
+        return str(error).split("cannot run this call: ")[-1].splitlines()[0]
+    return ""
+
+
+def _public(spec: Spec) -> Callable[..., Any]:
+    from pydl import ops
+
+    return getattr(ops, spec.name)
+
+
+def _forced(spec: Spec, backend: str) -> Callable[..., Any]:
+    from pydl.backend import backend as forced
+
+    public = _public(spec)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with forced(backend):
+            return public(*args, **kwargs)
+
+    return call
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pydl verify", description=__doc__)
+    parser.add_argument("op", nargs="*", help="ops or modules of ops; all by default")
+    parser.add_argument("--dtype", help="comma-separated: fp32, fp16, bf16, fp64")
+    parser.add_argument("--backend", help="comma-separated: cpu, cuda, triton, torch")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the comparisons")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: grades every op on every backend that runs here; returns the exit status."""
+    options = _parser().parse_args(argv)
+    found: dict[str, Spec] = {}
+    try:
+        for op in options.op or [None]:
+            found.update(specs(op))
+        chosen = [name for part in (options.dtype or "").split(",") if (name := part.strip())] or None
+        for spec in found.values():
+            _dtype_names(spec, chosen)
+    except ValueError as error:
+        raise SystemExit(f"verify: {error}") from None
+    wanted = options.backend.split(",") if options.backend else None
+    started, records, failed, skipped = time.perf_counter(), [], [], {}
+    print(
+        f"{'op':16} {'backend':8} {'dtype':9} {'passed':>9}  worst error (torch's): values, gradients, second gradients"
+    )
+    for spec in found.values():
+        ran = False
+        for backend, device in [*_candidates(spec, wanted), *([] if wanted else [("torch", "cpu")])]:
+            if backend == "torch" and ran and not wanted:
+                continue
+            for dtype in _dtype_names(spec, chosen):
+                why = _refusal(spec, backend, device, dtype)
+                if why:
+                    skipped.setdefault(f"{spec.name} on {backend}: {why}", []).append(dtype)
+                    continue
+                ran = True
+                report = verify(_forced(spec, backend), op=spec.name, dtype=dtype, device=device)
+                print(_summary(report, backend, dtype), flush=True)
+                failed += [
+                    f"{spec.name} {backend} {row.dtype} {row.check}, {row.case}: {row.grade}" for row in report.failures
+                ]
+                records += [{"op": spec.name, "backend": backend, "device": device, **_record(row)} for row in report]
+    for reason, dtypes in skipped.items():
+        print(f"not run: {reason} [{', '.join(dtypes)}]")
+    print("\n".join(failed[:40]))
+    print(f"{len(records) - len(failed)} of {len(records)} comparisons passed in {time.perf_counter() - started:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=1))
+    return 1 if failed or not records else 0
+
+
+def _record(row: Row) -> dict[str, Any]:
+    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row.grade).items()}
+    return {"dtype": row.dtype, "check": row.check, "case": row.case, **values}
+
+
+def _summary(report: Report, backend: str, dtype: str) -> str:
+    passed = f"{len(report) - len(report.failures)}/{len(report)}"
+    errors = []
+    for check in CHECKS[:3]:
+        worst = report.worst(dtype, check)
+        errors.append("-" if worst is None else f"{_number(worst.grade.err)} ({_number(worst.grade.torch_err)})")
+    mark = "ok" if report.ok else "WRONG"
+    return (
+        f"{report.op:16} {backend:8} {dtype:9} {passed:>9}  {mark:5}  " + "  ".join(f"{e:18}" for e in errors).rstrip()
+    )
