@@ -1,0 +1,199 @@
+"""What makes Triton's interpreter a fair stand-in for a GPU: exact bfloat16, and guarded memory.
+
+The interpreter keeps bfloat16 as uint16 bit patterns and, up to Triton 3.9, computes on the patterns: products, dots and
+comparisons are wrong and fp32 is truncated instead of rounded. :func:`repair` widens to fp32 and rounds to nearest even.
+It does not see an access outside a tensor either: :class:`Canaries` puts tensors between NaN guards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Canaries", "repair", "repaired"]
+
+
+def _round_to_bf16(x: np.ndarray) -> np.ndarray:
+    """Bit patterns of the bfloat16 nearest to each fp32, ties to even; any NaN becomes 0x7fc0, as in torch."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32).reshape(np.shape(x))
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def _repairs() -> dict[tuple[Any, str], Callable]:
+    """The replacement of each wrong method, by its class and name."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+
+    def is_bf16(x: Any) -> bool:
+        return x.dtype.scalar == tl.bfloat16
+
+    def widen(x: Any) -> Any:
+        if not is_bf16(x):
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def narrow(x: Any) -> Any:
+        # a comparison's result is bool data under its operands' dtype
+        data = x.data if x.data.dtype == np.bool_ else _round_to_bf16(x.data)
+        return TensorHandle(data, tl.bfloat16)
+
+    def elementwise(original: Callable, operands: int) -> Callable:
+        def method(self: Any, *args: Any) -> Any:
+            handles, rest = args[:operands], args[operands:]
+            if rest == (np.where,) or not any(is_bf16(x) for x in handles):
+                return original(self, *args)
+            with np.errstate(over="ignore", invalid="ignore"):
+                return narrow(original(self, *map(widen, handles), *rest))
+
+        return method
+
+    def cast(original: Callable) -> Callable:
+        def method(self: Any, src: Any, dst_type: Any) -> Any:
+            if dst_type.scalar != tl.bfloat16:
+                return original(self, widen(src), dst_type)
+            return src if is_bf16(src) else narrow(original(self, src, tl.float32))
+
+        return method
+
+    def dot(original: Callable) -> Callable:
+        def method(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+            return original(self, widen(a), widen(b), d, *rest)
+
+        return method
+
+    def refuse(original: Callable) -> Callable:
+        def method(self: Any, input: Any) -> Any:
+            if any(arg.dtype.scalar == tl.bfloat16 for arg in input):
+                raise TypeError("the interpreter reduces bfloat16 as integers: convert to float32 first")
+            return original(self, input)
+
+        return method
+
+    builder = InterpreterBuilder
+    return {
+        (builder, "cast_impl"): cast(builder.cast_impl),
+        (builder, "binary_op"): elementwise(builder.binary_op, 2),
+        (builder, "unary_op"): elementwise(builder.unary_op, 1),
+        (builder, "ternary_op"): elementwise(builder.ternary_op, 3),
+        (builder, "create_fma"): elementwise(builder.create_fma, 3),
+        (builder, "create_dot"): dot(builder.create_dot),
+        (ReduceScanOpInterface, "check_tensor"): refuse(ReduceScanOpInterface.check_tensor),
+    }
+
+
+_originals: dict[tuple[Any, str], Callable] = {}
+
+
+def repair() -> None:
+    """Make the interpreter of this process exact in bfloat16; a second call does nothing."""
+    if _originals:
+        return
+    for (owner, name), method in _repairs().items():
+        _originals[owner, name] = getattr(owner, name)
+        setattr(owner, name, method)
+
+
+@contextlib.contextmanager
+def repaired(active: bool) -> Iterator[None]:
+    """Run a block with the repair in place, or with Triton's own methods, and put back what was there."""
+    was_active = bool(_originals)
+    _set_repaired(active)
+    try:
+        yield
+    finally:
+        _set_repaired(was_active)
+
+
+def _set_repaired(active: bool) -> None:
+    if active:
+        repair()
+        return
+    for (owner, name), method in _originals.items():
+        setattr(owner, name, method)
+    _originals.clear()
+
+
+class Canaries(TorchDispatchMode):
+    """Places tensors, also those allocated inside the block, between guards and checks the guards on exit.
+
+    Reading a guard of a floating-point tensor gives NaN, which shows in the result; writing one raises
+    :class:`MemoryError` with the tensor's shape when the block ends. Gaps between the elements of a strided tensor are
+    guarded too. Call launchers directly: allocations inside a dispatcher op are not seen.
+
+    >>> with Canaries() as canaries:
+    ...     y, mean, rstd = layer_norm_fwd(canaries.place(x), (4,), None, None, 1e-5)
+    """
+
+    GUARD = 2048
+    _ALLOCATIONS = (
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.new_empty.default,
+        torch.ops.aten.new_empty_strided.default,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._guarded: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def place(self, x: Tensor) -> Tensor:
+        """A guarded copy of ``x`` with the same strides (overlapping elements, as in an expanded tensor, stay so)."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            copy = self._guard(x)
+            if x.numel():
+                copy.copy_(x) if 0 not in x.stride() else self._copy_expanded(copy, x)
+                buffer, _, _ = self._guarded[-1]
+                self._guarded[-1] = (buffer, buffer.clone(), self._guarded[-1][2])
+        return copy
+
+    @staticmethod
+    def _copy_expanded(copy: Tensor, x: Tensor) -> None:
+        index = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())
+        copy[index].copy_(x[index])
+
+    def _guard(self, like: Tensor) -> Tensor:
+        if like.numel() == 0:
+            return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype)
+        span = sum((size - 1) * stride for size, stride in zip(like.size(), like.stride())) + 1
+        buffer = torch.empty(span + 2 * self.GUARD, dtype=like.dtype)
+        if like.dtype.is_floating_point:
+            buffer.fill_(torch.nan)
+        else:
+            buffer.view(torch.uint8).fill_(0xA5)
+        outside = torch.ones(buffer.numel(), dtype=torch.bool)
+        layout = (like.size(), like.stride(), self.GUARD)
+        outside.as_strided(*layout).fill_(False)
+        self._guarded.append((buffer, buffer.clone(), outside))
+        return buffer.as_strided(*layout)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in self._ALLOCATIONS and out.device.type == "cpu" and out.numel():
+            return self._guard(out)
+        return out
+
+    def check(self) -> None:
+        """Raise :class:`MemoryError` if a byte outside the guarded tensors' elements was written."""
+        for buffer, before, outside in self._guarded:
+            size = buffer.element_size()
+            changed = (buffer.view(torch.uint8) != before.view(torch.uint8)).view(-1, size).any(dim=1) & outside
+            if changed.any():
+                first = int(changed.nonzero()[0]) - self.GUARD
+                elements = int((~outside).sum())
+                raise MemoryError(
+                    f"{int(changed.sum())} elements outside a tensor of {elements} {buffer.dtype} were written, the "
+                    f"first at offset {first}"
+                )
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if exc_type is None:
+            self.check()
