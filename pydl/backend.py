@@ -273,8 +273,12 @@ def _unavailable(family: Family, name: str, device: torch.device, dtype: torch.d
         why = "" if on_gpu else f"the cuda backend needs a CUDA tensor, got device {device.type!r}"
     else:
         why = "" if device.type == "cpu" else f"the {name} backend needs a CPU tensor, got device {device.type!r}"
-    if not why and on_gpu and torch.version.cuda and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        have = torch.cuda.get_device_capability(device)
+    have = (
+        torch.cuda.get_device_capability(device)
+        if on_gpu and torch.version.cuda and torch.cuda.is_available()
+        else None
+    )
+    if not why and have is not None and have < MIN_CAPABILITY:
         why = f"compute capability {have[0]}.{have[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
     if not why and not has_kernel(f"{NAMESPACES[name]}::{family.probe}", "CUDA" if on_gpu else "CPU"):
         library = {"cpu": _library.cpu_library, "cuda": _library.cuda_library}.get(name)

@@ -1,7 +1,8 @@
-"""The op contract on a toy operator y = s * w * x^3, whose every derivative is known: all the ways torch calls an op."""
+"""The op contract on a toy operator y = s * w * x^3 with known derivatives: all the ways in which torch calls an op."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pydl
 from pydl.backend import Decision, Family, choose
@@ -274,10 +276,11 @@ def test_undefined_gradients_arrive_as_none() -> None:
 
 
 def test_functional_tensors_and_fake_mode() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
+    with FakeTensorMode(), pydl.trace() as t:
         assert toy(torch.empty(3, 4)).shape == (3, 4)
+        # a fake CUDA tensor takes the GPU's kernel, so that a GPU model can be traced on a machine without one
+        pydl.functional.layer_norm(torch.empty(3, 4, device="cuda"), (4,))
+    assert [r.backend for r in t] == ["cpu", "triton"]
 
 
 class TestTrace:
@@ -324,9 +327,9 @@ class TestChoice:
             assert toy(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
         assert t[0].backend == "torch" and "torch.bfloat16" in t[0].reason
 
-    @pytest.mark.parametrize("device", ["meta"])
+    @pytest.mark.parametrize("device", ["meta", "xpu", "mps"])
     def test_other_devices_go_to_torch(self, device: str) -> None:
-        with pydl.trace() as t:
+        with FakeTensorMode(), pydl.trace() as t:
             assert toy(torch.ones(2, device=device)).device.type == device
         assert t[0].backend == "torch" and repr(device) in t[0].reason
 
@@ -341,8 +344,6 @@ class TestChoice:
 
 
 def _run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=False
     )
