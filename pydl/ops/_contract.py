@@ -85,7 +85,7 @@ class Op:
         if handle.eager is not None and torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
-                    return handle.eager.apply(decision, *args)
+                    return handle.eager.apply(*args, decision)
         with _BelowAutograd():
             return handle.overload(*args)
 
@@ -115,11 +115,12 @@ class _Handle:
 
 
 def _eager_function(op: Op, overload: Any, setup: Formula, backward: Formula) -> type:
-    def forward(ctx: Any, decision: Decision, *args: Any) -> Any:
+    def forward(ctx: Any, *args: Any) -> Any:
+        # the decision comes last, so that ctx.needs_input_grad counts as it does under register_autograd
+        *args, ctx.decision = args  # type: ignore[assignment]
         with _BelowAutograd():
             out = overload(*args)
         ctx.set_materialize_grads(False)
-        ctx.decision = decision
         setup(ctx, args, out)
         return out
 
@@ -127,7 +128,7 @@ def _eager_function(op: Op, overload: Any, setup: Formula, backward: Formula) ->
         decision = ctx.decision
         record(decision, "backward")
         given = backward(ctx, *grads)
-        return (None, *given) if isinstance(given, tuple) else (None, given)
+        return (*given, None) if isinstance(given, tuple) else (given, None)
 
     return _function(op, forward, run_backward)
 
