@@ -50,7 +50,8 @@ def layer_norm(
     Weight gradients are summed in two stages in a fixed order: the same bits on every run. Differentiable at any order.
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
-    _check(input, normalized_shape, weight, bias)
+    if not _fits(input, normalized_shape, weight, bias):
+        _check(input, normalized_shape, weight, bias)
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         input = input.float()
         weight, bias = (t if t is None else t.float() for t in (weight, bias))
@@ -58,6 +59,21 @@ def layer_norm(
     if decision.backend == "torch":
         return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
     return _fwd(decision, input, normalized_shape, weight, bias, eps)[0]
+
+
+def _fits(input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the arguments are of the usual, plainly valid kind: a cheap test before the one that explains."""
+    if not (isinstance(input, Tensor) and type(shape) is tuple and shape and input.is_floating_point()):
+        return False
+    if input.shape[-len(shape) :] != shape:
+        return False
+    dtype, device = input.dtype, input.device
+    for t in (weight, bias):
+        if t is not None and not (
+            isinstance(t, Tensor) and t.dtype is dtype and t.shape == shape and t.device == device
+        ):
+            return False
+    return True
 
 
 def _check(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> None:
