@@ -33,7 +33,7 @@ $(PY): | tools
 
 # The order matters: torch first, then what goes with the torch that is there.
 .venv/base.stamp: pyproject.toml | tools $(PY)
-	$(PY) -c 'import torch' 2>/dev/null || $(PIP) '$(TORCH)'
+	$(PY) -c 'import torch' 2>/dev/null || $(PIP) numpy '$(TORCH)'
 	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > .venv/torch.txt
 	@$(PY) -c 'import torch, sys; v = torch.__version__; sys.exit("pydl: torch %s is installed, 2.11 or newer is needed" % v if tuple(map(int, v.split(".")[:2])) < (2, 11) else 0)'
 	$(PY) -c 'import triton' 2>/dev/null || $(PIP) $(PINNED) 'triton>=3.6' || echo "pydl: no triton for this platform; its kernels are skipped"

@@ -251,9 +251,9 @@ def test_cpu_level_can_be_lowered():
     path = importlib.util.find_spec("pydl._C").origin
     # by file, because importing the package would load torch each time
     code = (
-        "import importlib.util as u; s = u.spec_from_file_location('pydl._C', {!r}); m = u.module_from_spec(s); "
+        f"import importlib.util as u; s = u.spec_from_file_location('pydl._C', {path!r}); m = u.module_from_spec(s); "
         "s.loader.exec_module(m); print(m.cpu_capability())"
-    ).format(path)
+    )
     levels = ["baseline", "avx2", "avx512"]
     highest = levels.index(python(code, ROOT).strip())
     for wanted in levels:
