@@ -80,8 +80,8 @@ def grade(
 
     err = max |out - oracle| / rms(oracle) over positions where both are finite must not exceed 2 times torch's own
     error (3 times for gradients) plus a floor of 4 units in the last place. Non-finite positions must match, shapes
-    must match. Where rms(oracle) is 0 errors are absolute and there is no floor: the result must be exact if torch's is.
-    Integer results must be equal.
+    must match. Where rms(oracle) is 0 errors are absolute and there is no floor: the result must be exact if
+    torch's is. Integer results must be equal.
 
     Args:
         out: the result to grade, tensor or array.

@@ -67,7 +67,7 @@ class Report:
 
     def __str__(self) -> str:
         head = ("dtype", "check", "passed", "worst error", "torch's", "bound", "worst case")
-        table = [head]
+        table: list[tuple[str, ...]] = [head]
         for dtype in dict.fromkeys(row.dtype for row in self.rows):
             for check in CHECKS:
                 rows = [row for row in self.rows if (row.dtype, row.check) == (dtype, check)]
@@ -130,7 +130,8 @@ def verify(
     report = Report(spec.name)
     for name in _dtype_names(spec, dtype):
         for problem in problems(spec, getattr(torch, name)):
-            report.rows += [Row(name, *row) for row in _verify_problem(fn, problem, device)]
+            for level in levels(problem):
+                report.rows += [Row(name, *row) for row in verify_problem(fn, problem, device, level)]
     return report
 
 
@@ -188,27 +189,33 @@ class _Run:
         return tuple(torch.zeros_like(w) if g is None else g for g, w in zip(given, wanted, strict=True))
 
 
-def _verify_problem(fn: Callable[..., Any], problem: Problem, device: torch.device) -> Iterator[tuple[str, str, Grade]]:
-    """Rows (check, case, grade) of one problem."""
-    levels = ["values"]
+def levels(problem: Problem) -> list[str]:
+    """What can be graded of a problem: values always, first and second gradients where the case says so."""
+    found = ["values"]
     if problem.case.gradients:
-        levels.append("gradients")
+        found.append("gradients")
     if problem.case.second and problem.layout == "contiguous":
-        levels.append("second")
+        found.append("second")
+    return found
+
+
+def verify_problem(
+    fn: Callable[..., Any], problem: Problem, device: torch.device, level: str, reruns: int = RERUNS
+) -> Iterator[tuple[str, str, Grade]]:
+    """Rows (check, case, grade) of one call and its derivatives up to `level`, repeated `reruns` times in all."""
     reference = torch_function(problem.spec)
-    for level in levels:
-        with poisoned_memory():
-            ours = _Run(fn, problem, device, level)
-        torchs = _Run(reference, problem, device, level) if reference is not None else None
-        if ours.error:
-            yield level, problem.name, _broken(f"raised {ours.error}")
-            continue
-        for label, graded in _compare(ours, torchs, problem, level):
-            yield level, label, graded
-        if not all(guard.intact() for guard in ours.guards):
-            yield "inputs", problem.name, _broken("an input or the memory beside it was written")
-        if level != "second":
-            yield "re-run", f"{problem.name} {level}", _repeat(fn, ours, problem, device, level)
+    with poisoned_memory():
+        ours = _Run(fn, problem, device, level)
+    if ours.error:
+        yield level, problem.name, _broken(f"raised {ours.error}")
+        return
+    torchs = _Run(reference, problem, device, level) if reference is not None else None
+    for label, graded in _compare(ours, torchs, problem, level):
+        yield level, label, graded
+    if not all(guard.intact() for guard in ours.guards):
+        yield "inputs", problem.name, _broken("an input or the memory beside it was written")
+    if level != "second" and reruns > 1:
+        yield "re-run", f"{problem.name} {level}", _repeat(fn, ours, problem, device, level, reruns)
 
 
 def _broken(why: str) -> Grade:
@@ -252,9 +259,11 @@ def _longest(problem: Problem) -> int:
     return max(*problem.reductions, problem.arrays[0].shape[-1])
 
 
-def _repeat(fn: Callable[..., Any], first: _Run, problem: Problem, device: torch.device, level: str) -> Grade:
+def _repeat(
+    fn: Callable[..., Any], first: _Run, problem: Problem, device: torch.device, level: str, reruns: int
+) -> Grade:
     """Passes when further calls, with ordinary memory, give the same bits as the first."""
-    for _ in range(RERUNS - 1):
+    for _ in range(reruns - 1):
         again = _Run(fn, problem, device, level)
         pairs = zip((*first.values, *first.gradients), (*again.values, *again.gradients), strict=False)
         if again.error or not all(same_bits(a, b) for a, b in pairs):
@@ -329,7 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(f"verify: {error}") from None
     wanted = options.backend.split(",") if options.backend else None
-    started, records, failed, skipped = time.perf_counter(), [], [], {}
+    started, records, failed = time.perf_counter(), [], []
+    skipped: dict[str, list[str]] = {}
     print(
         f"{'op':16} {'backend':8} {'dtype':9} {'passed':>9}  worst error (torch's): values, gradients, second gradients"
     )

@@ -93,7 +93,12 @@ def backends_for(op: str, *dtypes: torch.dtype, without: tuple[str, ...] = ()):
 def backends_and_dtypes(op: str, without: tuple[str, ...] = ()):
     """pytest parameters (backend, dtype): every pair the op promises here."""
     return [
-        pytest.param(b, dtype, id=f"{b}-{str(dtype).removeprefix('torch.')}", marks=[pytest.mark.gpu] if b.device == "cuda" else [])
+        pytest.param(
+            b,
+            dtype,
+            id=f"{b}-{str(dtype).removeprefix('torch.')}",
+            marks=[pytest.mark.gpu] if b.device == "cuda" else [],
+        )
         for b in available(op)
         if b.name not in without
         for dtype in b.dtypes

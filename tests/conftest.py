@@ -21,7 +21,12 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # binds when @triton.jit runs: before anything imports triton
 
-MARKERS = ("gpu: needs a CUDA device", "slow: takes more than a few seconds", "compile: runs torch.compile or a compiler")
+MARKERS = (
+    "gpu: needs a CUDA device",
+    "slow: takes more than a few seconds",
+    "compile: runs torch.compile or a compiler",
+    "no_poison: uninitialised memory stays as it is",
+)
 
 
 def pytest_configure(config):
@@ -47,7 +52,7 @@ def _repair_interpreter():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request):
-    """Memory that a kernel leaves unwritten is NaN, not what happened to be there; `no_poison` in a test turns it off."""
+    """Memory that a kernel leaves unwritten is NaN, not what happened to be there; marker no_poison turns it off."""
     if request.node.get_closest_marker("no_poison"):
         yield
         return

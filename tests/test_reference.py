@@ -14,7 +14,12 @@ from pydl.reference.layer_norm import layer_norm, layer_norm_stats
 from pydl.reference.max_pool import max_pool2d, max_pool2d_grad, output_size
 
 SPECS = reference.specs()
-CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() if spec.torch_name for case in spec.cases()]
+CASES = [
+    pytest.param(spec, case, id=f"{spec.name}-{case.name}")
+    for spec in SPECS.values()
+    if spec.torch_name
+    for case in spec.cases()
+]
 
 
 def torch_op(spec):
@@ -58,7 +63,9 @@ def test_layer_norm_of_a_row_by_hand():
     # mean 2, variance (1 + 0 + 1) / 3
     x = np.array([[1.0, 2.0, 3.0]])
     r = 1.0 / math.sqrt(2.0 / 3.0 + 1e-5)
-    np.testing.assert_allclose(layer_norm(x, (3,), np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 0.0])), [[-r, 1.0, 3 * r]])
+    np.testing.assert_allclose(
+        layer_norm(x, (3,), np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 0.0])), [[-r, 1.0, 3 * r]]
+    )
     mean, rstd = layer_norm_stats(x, (3,))
     assert mean.item() == 2.0 and rstd.item() == pytest.approx(r)
 

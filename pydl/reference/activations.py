@@ -117,7 +117,9 @@ def _cases(forms: tuple[dict[str, Any], ...], at_infinity: bool) -> Iterator[Cas
         yield Case(f"4-D{form}", (rng.standard_normal((2, 3, 8, 5)),), kwargs, layouts=True, second=True)
         yield Case(f"mean 8{form}", (8.0 + rng.standard_normal(500),), kwargs)
         yield Case(f"wide{form}", (np.linspace(-30.0, 30.0, 1001),), kwargs)
-        yield Case(f"large{form}", (np.array([-6e4, -300.0, -1.0, 0.5, 300.0, 6e4]),), kwargs)  # 6e4: near the end of fp16
+        yield Case(
+            f"large{form}", (np.array([-6e4, -300.0, -1.0, 0.5, 300.0, 6e4]),), kwargs
+        )  # 6e4: near the end of fp16
         yield Case(f"denormals{form}", (np.linspace(-1e-38, 1e-38, 33),), kwargs)
         edges = [0.0, -0.0, np.nan] + ([np.inf, -np.inf] if at_infinity else [])
         yield Case(f"special values{form}", (np.array(edges),), kwargs, gradients=at_infinity)

@@ -70,8 +70,9 @@ def max_pool2d_grad(dy: np.ndarray, indices: np.ndarray, height: int, width: int
     dy = np.asarray(dy, dtype=np.float64)
     dx = np.zeros((*dy.shape[:-2], height * width))
     for place in np.ndindex(dy.shape):
+        plane = place[:-2]
         if indices[place] >= 0:
-            dx[(*place[:-2], indices[place])] += dy[place]
+            dx[plane][indices[place]] += dy[place]
     return dx.reshape(*dy.shape[:-2], height, width)
 
 
