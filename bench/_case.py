@@ -105,7 +105,7 @@ def select(op: str, device: str, names: list[str] | None = None) -> list[Case]:
 
 def make_call(op: str, case: Case, dtype: str, device: str, seed: int = 0) -> Call:
     """Inputs of a case, the same for the same seed in every process."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(seed)
     return load(op).inputs(case, DTYPES[dtype], device, generator)
 
 

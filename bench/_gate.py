@@ -72,9 +72,9 @@ def evaluate(fn: Callable[..., Any], call: Call, gradients: bool, seed: int = 1)
 
 
 def upstream(y: torch.Tensor, seed: int = 1) -> torch.Tensor:
-    """A gradient for y, drawn on the CPU in float32 so that it is the same for every dtype, device and provider."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    drawn = torch.randn(y.shape, generator=generator).to(torch.bfloat16)
+    """A gradient for y, drawn in float32 and rounded so that it is the same for every dtype and provider."""
+    generator = torch.Generator(device=y.device).manual_seed(seed)
+    drawn = torch.randn(y.shape, generator=generator, device=y.device).to(torch.bfloat16)
     return torch.empty_like(y, requires_grad=False).copy_(drawn)
 
 
@@ -108,8 +108,8 @@ def numpy_oracle(function: str, call: Call, gradients: bool) -> list[torch.Tenso
     device = call.args[0].device
     if not gradients:
         return [y.to(device)]
-    like = torch.empty(y.shape, dtype=call.args[0].dtype)
-    grads = spec.gradient(upstream(like).double().numpy(), *args, **kwargs)
+    like = torch.empty(y.shape, dtype=call.args[0].dtype, device=device)
+    grads = spec.gradient(upstream(like).double().cpu().numpy(), *args, **kwargs)
     return [t.to(device) for t in (y, *(torch.from_numpy(np.ascontiguousarray(g)) for g in grads))]
 
 

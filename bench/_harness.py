@@ -100,11 +100,15 @@ class LocalSubject:
         except Exception as failure:
             return Verdict(False, None, f"{type(failure).__name__}: {failure}")
 
+    def _start(self) -> None:
+        self._run = make_runner(self.group, self.provider.fn, self.gate.call)
+        self._run()
+
     def prepare(self) -> Facts:
         phase = {"fwd": "forward", "bwd": "backward", "full": None}[self.group.mode]
         with self._scope():
-            self._run = run = make_runner(self.group, self.provider.fn, self.gate.call)
-            backend, reason = _providers.backend_of(self.provider, run, phase)
+            backend, reason = _providers.backend_of(self.provider, self._start, phase)
+            run = self._run
             if self.clock is None:
                 self._inner = _timing.calibrate(run)
                 return Facts(backend, reason)
@@ -235,6 +239,7 @@ def _fill(
             backend=fact.backend,
             reason=fact.reason,
             median_ms=middle,
+            min_ms=min(own.samples),
             p10_ms=_stats.quantile(own.samples, 0.1),
             p90_ms=_stats.quantile(own.samples, 0.9),
             ratio_to_torch=1.0 if row["provider"] == "torch" else ratios.get("torch"),

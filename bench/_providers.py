@@ -41,9 +41,9 @@ class Unavailable(Exception):
     """A provider that is not on this machine, with the reason."""
 
 
-def default_providers(device: str) -> list[str]:
-    """What is measured when nothing is named; compiling for the CPU takes too long to be a default."""
-    return ["pydl", "torch", "compile"] if device == "cuda" else ["pydl", "torch"]
+def default_providers(device: str, has_target: bool) -> list[str]:
+    """What is measured when nothing is named: compiling takes seconds, so it is left to a GPU's rows with a target."""
+    return ["pydl", "torch", "compile"] if device == "cuda" and has_target else ["pydl", "torch"]
 
 
 def function_name(op: str, case: Case) -> str:
@@ -120,13 +120,17 @@ def _import(name: str) -> Callable[..., Any]:
     return target
 
 
-def backend_of(provider: Provider, run: Callable[[], object], phase: str | None) -> tuple[str, str]:
-    """(backend, reason) that one run used, from pydl's trace; other providers are their own backend."""
+def backend_of(provider: Provider, prepare_and_run: Callable[[], object], phase: str | None) -> tuple[str, str]:
+    """(backend, reason) that a run used, from pydl's trace; other providers are their own backend.
+
+    Where pydl calls torch, torch's own backward follows and leaves no record: then the forward's record stands.
+    """
     if not provider.is_pydl:
+        prepare_and_run()
         return {"compile": "inductor"}.get(provider.name, provider.name), ""
     import pydl
 
     with pydl.trace() as seen:
-        run()
-    records = [r for r in seen if phase is None or r.phase == phase]
+        prepare_and_run()
+    records = [r for r in seen if phase is None or r.phase == phase] or list(seen)
     return "+".join(dict.fromkeys(r.backend for r in records)), "; ".join(dict.fromkeys(r.reason for r in records))

@@ -36,6 +36,7 @@ ROW: dict[str, tuple[type, ...]] = {
 }
 EXTRA: dict[str, tuple[type, ...]] = {
     "ratios": (dict,),
+    "min_ms": _NUMBER,
     "bytes": (int,),
     "flops": (int,),
     "gbs": _NUMBER,

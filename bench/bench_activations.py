@@ -11,7 +11,6 @@ from bench._case import Call, Case
 
 FUNCTION = "relu"
 
-_EVEN = {f"{device} {mode}": {"ratio_to_torch": 0.97} for device in ("cpu", "cuda") for mode in ("fwd", "bwd")}
 _HOST = {"cpu fwd": {"host_us": 8.0}, "cuda fwd": {"host_us": 20.0}}
 _HOST_GRAD = {"cpu fwd": {"host_us": 16.0}, "cuda fwd": {"host_us": 30.0}}
 _FLOPS = {"relu": 1, "leaky_relu": 2, "sigmoid": 12, "tanh": 12, "gelu": 20, "silu": 14}
@@ -19,8 +18,9 @@ _FLOPS = {"relu": 1, "leaky_relu": 2, "sigmoid": 12, "tanh": 12, "gelu": 20, "si
 
 def _case(function: str, size: int, name: str, devices: tuple[str, ...], **options: Any) -> Case:
     label = f"{function}-{options['approximate']}" if "approximate" in options else function
+    even = {f"{device} {mode}": {"ratio_to_torch": 0.97} for device in devices for mode in ("fwd", "bwd")}
     params = {"size": size, "options": options}
-    return Case(f"{label}-{name}", params, devices, targets=_EVEN, function=function, panel=function == "gelu")
+    return Case(f"{label}-{name}", params, devices, targets=even, function=function, panel=function == "gelu")
 
 
 CASES = [
@@ -35,7 +35,7 @@ CASES = [
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> Call:
     """Normal x."""
-    x = torch.randn(case.params["size"], generator=generator).to(device, dtype)
+    x = torch.randn(case.params["size"], generator=generator, device=device).to(dtype)
     return Call((x,), dict(case.params["options"]), (x,))
 
 

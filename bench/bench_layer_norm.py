@@ -45,7 +45,7 @@ def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generat
     rows, columns = case.params["rows"], case.params["columns"]
 
     def normal(*shape: int, mean: float = 0.0, scale: float = 1.0) -> torch.Tensor:
-        return (mean + scale * torch.randn(*shape, generator=generator)).to(device, dtype)
+        return (mean + scale * torch.randn(*shape, generator=generator, device=device)).to(dtype)
 
     x = normal(rows, columns, mean=1.0)
     weight, bias = normal(columns, mean=1.0, scale=0.2), normal(columns, scale=0.2)

@@ -50,7 +50,7 @@ CASES = [
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> Call:
     """Normal x; in bf16 many windows hold ties, whose first maximum must win."""
-    x = torch.randn(*case.params["shape"], generator=generator).to(device, dtype)
+    x = torch.randn(*case.params["shape"], generator=generator, device=device).to(dtype)
     if case.params["channels_last"]:
         x = x.contiguous(memory_format=torch.channels_last)
     return Call((x, *case.params["window"]), {}, (x,), (4,))

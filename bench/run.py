@@ -64,9 +64,9 @@ def groups(args: argparse.Namespace) -> list[Any]:
     from bench._harness import Group
 
     found = []
-    for op in args.op or _case.discover():
-        for case in _case.select(op, args.device, args.case):
-            for dtype in args.dtype:
+    for dtype in args.dtype:
+        for op in args.op or _case.discover():
+            for case in _case.select(op, args.device, args.case):
                 found += [Group(op, case, args.device, dtype, mode) for mode in case.modes if mode in args.mode]
     if not found:
         raise SystemExit("bench/run.py: no case matches")
@@ -104,7 +104,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         copy, product = roof["copy_gbs"], roof["gemm_gflops"]
         print(f"roof {dtype}: copy {copy:.1f} GB/s, matrix product {product:.0f} GFLOP/s", flush=True)
     clock = _timing.GpuClock() if args.device == "cuda" else None
-    providers = args.provider or _providers.default_providers(args.device)
     rows: list[dict[str, Any]] = []
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -120,6 +119,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 break
             step(f"{group.op} {group.case.name} {group.dtype} {group.mode}")
             roof = environment["roofline"][group.dtype]
+            has_target = bool(group.case.target(group.device, group.mode, group.dtype)) and not group.case.host
+            providers = args.provider or _providers.default_providers(args.device, has_target)
             rows += _harness.measure(group, providers, roof, args.seconds, extra, clock)
             if clock:
                 environment["clocks_after"] = _env.gpu_state()

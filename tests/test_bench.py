@@ -1,0 +1,395 @@
+"""The benchmark harness: statistics, order of turns, the gate that keeps wrong providers untimed, and its files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from bench import _base, _case, _gate, _harness, _panel, _providers, _report, _schema, _stats, gpu, run  # noqa: E402
+
+TOY = """
+import torch.nn.functional as F
+
+def right(x, kernel_size, stride=None, padding=0):
+    return F.max_pool2d(x, kernel_size, stride, padding)
+
+def wrong(x, kernel_size, stride=None, padding=0):
+    return F.avg_pool2d(x, kernel_size, stride, padding)
+
+def wrong_gradient(x, kernel_size, stride=None, padding=0):
+    y = F.max_pool2d(x.detach(), kernel_size, stride, padding)
+    return y + 0 * x.sum()
+
+def fails(x, kernel_size, stride=None, padding=0):
+    raise RuntimeError("no such window")
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A user's module of max pools, importable as pool_toy."""
+    (tmp_path / "pool_toy.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "pool_toy"
+    sys.modules.pop("pool_toy", None)
+
+
+def group(op="max_pool", case="host-8", mode="fwd", dtype="fp32"):
+    return _harness.Group(op, next(c for c in _case.load(op).CASES if c.name == case), "cpu", dtype, mode)
+
+
+# ---- statistics
+
+
+def test_quantiles_interpolate_and_need_samples():
+    assert _stats.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert _stats.quantile([1.0, 2.0, 3.0], 0.1) == pytest.approx(1.2)
+    assert _stats.quantile([7.0], 0.9) == 7.0
+    with pytest.raises(ValueError, match="no samples"):
+        _stats.quantile([], 0.5)
+
+
+def test_pair_ratio_is_immune_to_a_drift_that_both_sides_see():
+    drift = [1.0, 5.0, 2.0, 40.0, 3.0]
+    assert _stats.pair_ratio([2 * d for d in drift], drift) == 2.0
+    with pytest.raises(ValueError, match="5 samples against 1"):
+        _stats.pair_ratio(drift, [1.0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_provider_takes_every_turn_equally_often(count):
+    places = [[0] * count for _ in range(count)]
+    for number in range(4 * count):
+        order = _stats.turn_order(count, number)
+        assert sorted(order) == list(range(count))
+        for place, who in enumerate(order):
+            places[who][place] += 1
+    assert all(times == 4 for row in places for times in row)
+
+
+def test_rounds_fit_the_time_within_bounds():
+    assert _stats.round_count(1.0, 10.0) == 100
+    assert _stats.round_count(0.001, 1000.0) == 7
+    assert _stats.round_count(10.0, 0.0) == 400
+
+
+class Recorder:
+    """A subject that writes down when it is sampled."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def sample(self):
+        self.log.append(self.name)
+        return [1.0]
+
+
+def test_providers_take_turns_round_by_round():
+    log = []
+    series = _harness.interleave([Recorder(n, log) for n in "abc"], seconds=0.0, warm_rounds=0)
+    assert [len(s.rounds) for s in series] == [7, 7, 7]
+    rounds = ["".join(log[i : i + 3]) for i in range(0, len(log), 3)]
+    assert rounds == ["abc", "bca", "cab", "cba", "acb", "bac", "abc"]
+
+
+# ---- the gate
+
+
+def test_error_is_relative_to_rms_and_sees_odd_values():
+    oracle = torch.tensor([3.0, 4.0, math.nan, math.inf], dtype=torch.float64)
+    rms = math.sqrt(12.5)
+    assert _gate.error(oracle + torch.tensor([0.0, 0.5, 0.0, 0.0]), oracle) == pytest.approx(0.5 / rms)
+    assert _gate.error(torch.tensor([3.0, 4.0, math.nan, -math.inf]), oracle) == math.inf
+    assert _gate.error(torch.tensor([3.0, 4.0, 1.0, math.inf]), oracle) == math.inf
+    assert _gate.error(torch.zeros(3), torch.zeros(3)) == 0.0
+    assert _gate.error(torch.tensor([1e-30]), torch.zeros(1)) == math.inf
+    assert _gate.error(torch.zeros(2), torch.zeros(3)) == math.inf
+
+
+def test_bound_follows_the_rule():
+    oracle = torch.ones(10)
+    eps = torch.finfo(torch.bfloat16).eps
+    assert _gate.bound(0.1, oracle, torch.bfloat16, gradient=False) == pytest.approx(0.2 + 4 * eps)
+    assert _gate.bound(0.1, oracle, torch.bfloat16, gradient=True) == pytest.approx(0.3 + 4 * eps)
+    assert _gate.bound(0.0, oracle, torch.bfloat16, gradient=True, reduced=100) == pytest.approx(40 * eps)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("op", ["layer_norm", "max_pool", "activations"])
+def test_numpy_oracle_lets_torch_pass(op, dtype):
+    case = next(c for c in _case.load(op).CASES if c.host)
+    chosen = _harness.Group(op, case, "cpu", dtype, "full")
+    fn = _providers.torch_function(op, case)
+    gate = _gate.Gate(_providers.function_name(op, case), fn, _harness.make_inputs(chosen), gradients=True)
+    assert gate.source == "numpy float64"
+    assert gate.check(fn).ok
+
+
+def test_an_unwritten_element_is_seen():
+    call, before = _harness.make_inputs(group()), torch.are_deterministic_algorithms_enabled()
+
+    def lazy(x, kernel_size, stride=None, padding=0):
+        out = torch.empty_like(torch.nn.functional.max_pool2d(x, kernel_size, stride, padding))
+        out.view(-1)[:-1] = torch.nn.functional.max_pool2d(x, kernel_size, stride, padding).view(-1)[:-1]
+        return out
+
+    gate = _gate.Gate("max_pool2d", torch.nn.functional.max_pool2d, call, gradients=False)
+    assert not gate.check(lazy).ok
+    assert torch.are_deterministic_algorithms_enabled() == before
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "full"])
+def test_a_wrong_provider_is_reported_and_not_timed(toy, mode):
+    case = _case.Case("tiny", _case.load("max_pool")._shape(2, 3, 8, 8))
+    chosen = _harness.Group("max_pool", case, "cpu", "fp32", mode)
+    names = ["torch", *(f"{toy}:{n}" for n in ("right", "wrong", "wrong_gradient", "fails"))]
+    rows = {r["provider"].partition(":")[2] or "torch": r for r in _harness.measure(chosen, names, {}, seconds=0.01)}
+    assert rows["torch"]["ok"] and rows["torch"]["ratio_to_torch"] == 1.0
+    assert rows["right"]["ok"] and rows["right"]["median_ms"] > 0 and rows["right"]["ratio_to_torch"] > 0
+    for name in ("wrong", "fails") if mode == "fwd" else ("wrong", "wrong_gradient", "fails"):
+        assert not rows[name]["ok"] and rows[name]["median_ms"] is None, name
+        assert rows[name]["note"], name
+    assert "no such window" in rows["fails"]["note"]
+    assert rows["wrong_gradient"]["ok"] == (mode == "fwd")
+    assert _schema.problems(document(list(rows.values()))) == []
+
+
+def test_a_missing_provider_is_no_wrong_one():
+    rows = _harness.measure(group(), ["torch", "no_such_module:fn", "nobody"], {}, seconds=0.001)
+    assert [bool(r.get("missing")) for r in rows] == [False, True, True]
+    assert "No module named" in rows[1]["note"] and "unknown provider" in rows[2]["note"]
+    assert "wrong results: 0" in _report.summary(rows)
+
+
+def test_pydl_rows_name_the_backend_and_their_targets():
+    rows = _harness.measure(group("activations"), ["pydl", "torch"], {}, seconds=0.001)
+    assert rows[0]["backend"] == "torch"  # plain activations on a CPU are torch's own
+    assert rows[0]["target"] == {"host_us": 8.0} and rows[0]["met"] in (True, False)
+    assert rows[0]["host_us"] == pytest.approx(rows[0]["median_ms"] * 1e3)
+    assert rows[1]["target"] == {} and rows[1]["met"] is None
+
+
+@pytest.mark.parametrize(
+    ("measured", "target", "met"),
+    [
+        ({"ratio_to_torch": 8.1}, {"ratio_to_torch": 8.0}, True),
+        ({"ratio_to_torch": 7.9}, {"ratio_to_torch": 8.0}, False),
+        ({"host_us": 8.1}, {"host_us": 8.0}, False),
+        ({"ratio_to_torch": 2.0, "ratios": {"compile": 0.9}}, {"ratio_to_torch": 1.8, "ratio_to_compile": 1.0}, False),
+        ({"ratio_to_torch": 2.0}, {"ratio_to_torch": 1.8, "ratio_to_compile": 1.0}, True),
+        ({}, {"roof_share": 0.85}, None),
+    ],
+)
+def test_targets(measured, target, met):
+    row = {"ratio_to_torch": None, "host_us": None, "roof_share": None, "ratios": {}, "target": target, **measured}
+    assert _harness.target_met(row) is met
+
+
+def test_share_of_the_nearer_roof():
+    roof = {"copy_gbs": 10.0, "gemm_gflops": 100.0}
+    assert _harness.share_of_roof(10_000_000, 1, 2.0, roof) == pytest.approx(0.5)
+    assert _harness.share_of_roof(1, 100_000_000, 4.0, roof) == pytest.approx(0.25)
+    assert _harness.share_of_roof(1, 1, 1.0, {}) is None
+
+
+# ---- bench files
+
+
+def test_bench_files_are_found_by_name(tmp_path):
+    (tmp_path / "bench_conv.py").touch()
+    (tmp_path / "_harness.py").touch()
+    assert _case.discover(tmp_path) == ["conv"]
+    assert {"activations", "layer_norm", "max_pool"} <= set(_case.discover())
+    with pytest.raises(ValueError, match="no bench file for 'nothing'"):
+        _case.load("nothing")
+
+
+@pytest.mark.parametrize("op", _case.discover())
+def test_bench_files_are_complete(op):
+    module = _case.load(op)
+    assert module.__doc__ and module.CASES
+    names = [c.name for c in module.CASES]
+    assert len(names) == len(set(names))
+    for device in ("cpu", "cuda"):
+        cases = _case.select(op, device)
+        assert {c.grad for c in cases if c.host} == {False, True}, "host cost with and without a gradient"
+        assert any(c.panel for c in cases), "a case for the panel"
+        assert any(c.targets for c in cases)
+    for case in module.CASES:
+        assert hasattr(torch.nn.functional, _providers.function_name(op, case))
+        for key, target in case.targets.items():
+            device, mode = key.split()
+            assert device in case.devices and mode in case.modes, f"{case.name}: {key} never runs"
+            assert set(target) <= set(_case.TARGET_METRICS)
+        for mode in case.modes:
+            assert min(_case.work(op, case, "bf16", mode)) > 0
+
+
+def test_inputs_are_the_same_for_the_same_seed_and_keep_the_layout():
+    case = next(c for c in _case.load("max_pool").CASES if c.name == "small-1x64x56x56-cl")
+    first, second = (_case.make_call("max_pool", case, "bf16", "cpu") for _ in range(2))
+    assert torch.equal(first.args[0], second.args[0])
+    assert first.args[0].is_contiguous(memory_format=torch.channels_last)
+    assert first.map(torch.Tensor.double).args[0].is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- files and the command line
+
+
+def document(rows):
+    environment = dict.fromkeys(_schema.ENVIRONMENT)
+    return json.loads(json.dumps({"schema": 1, "environment": environment, "rows": rows}))
+
+
+def test_the_schema_refuses_what_would_mislead():
+    rows = _harness.measure(group(), ["torch"], {}, seconds=0.001)
+    assert _schema.problems(document(rows)) == []
+    for change, message in (
+        ({"ok": False}, "wrong provider was timed"),
+        ({"p10_ms": 1e9}, "p10 <= median <= p90"),
+        ({"mode": "sideways"}, "mode is 'sideways'"),
+        ({"speed": 3}, "unknown key speed"),
+        ({"launches": 1.5}, "launches is 1.5"),
+        ({"ok": 1}, "ok is 1"),
+    ):
+        assert any(message in p for p in _schema.problems(document([{**rows[0], **change}]))), message
+    short = {k: v for k, v in rows[0].items() if k != "backend"}
+    assert any("lacks backend" in p for p in _schema.problems(document([short])))
+    assert _schema.problems({"schema": 2, "rows": []}) == ["schema is 2, expected 1", "environment is missing"]
+    assert _schema.problems([]) == ["the document is not an object"]
+
+
+def test_committed_results_are_valid():
+    for path in (ROOT / "bench/results").glob("*.json"):
+        parsed = json.loads(path.read_text())
+        if "rows" in parsed:
+            assert _schema.problems(parsed) == [], path.name
+
+
+def test_a_real_run_writes_a_valid_file_and_shows_every_provider(toy, tmp_path, capsys):
+    target = tmp_path / "out.json"
+    arguments = "max_pool --device cpu --case small-1x64x56x56-cl --mode fwd --seconds 0.02".split()
+    code = run.main([*arguments, "--provider", f"pydl,torch,{toy}:right,{toy}:wrong", "--json", str(target)])
+    printed = capsys.readouterr().out
+    parsed = json.loads(target.read_text())
+    assert code == 1  # a provider was wrong
+    assert _schema.problems(parsed) == []
+    assert [r["provider"] for r in parsed["rows"]] == ["pydl", "torch", f"{toy}:right", f"{toy}:wrong"]
+    assert [r["ok"] for r in parsed["rows"]] == [True, True, True, False]
+    assert parsed["rows"][0]["roof_share"] > 0 and parsed["environment"]["roofline"]["fp32"]["copy_gbs"] > 0
+    assert "WRONG, not timed" in printed and f"{parsed['environment']['threads']} threads" in printed
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_op"], "no bench file for no_such_op"),
+        (["--dtype", "fp7"], "unknown dtype or mode: fp7"),
+        (["max_pool", "--case", "nothing"], "no case matches"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run.main([*arguments, "--device", "cpu"])
+
+
+def test_the_panel_measures_every_op(capsys, monkeypatch):
+    tiny = {op: [c for c in _case.load(op).CASES if c.host] for op in _case.discover()}
+    for op, cases in tiny.items():
+        marked = [_case.Case(f"tiny-{op}", cases[0].params, panel=True, function=cases[0].function)]
+        monkeypatch.setattr(_case.load(op), "CASES", marked)
+    rows = _panel.where_pydl_pays(seconds=0.1, device="cpu")
+    printed = capsys.readouterr().out
+    assert {r["op"] for r in rows} == set(tiny) and all(r["ok"] for r in rows), [r["note"] for r in rows]
+    assert printed.count("tiny-") == 2 * len(tiny) and "torch / pydl" in printed
+
+
+def test_a_roofline_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench import _plot
+
+    row = {"op": "a", "device": "cpu", "dtype": "fp32", "provider": "torch", "bytes": 8, "flops": 2}
+    environment = {"roofline": {"fp32": {"copy_gbs": 10.0, "gemm_gflops": 90.0}}, "device": "a chip", "torch": "2"}
+    paths = _plot.roofline([{**row, "median_ms": 1.0, "roof_share": 0.1}], environment, tmp_path)
+    assert [p.name for p in paths] == ["roofline-cpu-fp32.svg", "roofline-cpu-fp32.png"]
+    assert all(p.stat().st_size > 1000 for p in paths)
+
+
+def test_another_checkout_is_measured_in_its_own_process():
+    with_worker = _base.Base.__new__(_base.Base)
+    with_worker.ref, with_worker.threads, with_worker.tree = "here", torch.get_num_threads(), ROOT
+    with_worker._worker = None
+    rows = _harness.measure(group("activations"), ["pydl", "torch"], {}, 0.01, [with_worker.subject])
+    try:
+        assert [r["provider"] for r in rows] == ["pydl", "torch", "base:here"]
+        assert rows[2]["ok"], rows[2]["note"]
+        assert rows[0]["ratios"].keys() == {"torch", "base:here"}
+    finally:
+        with_worker._worker.kill()
+        with_worker._worker.communicate()
+
+
+# ---- bench/gpu.py
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_run_says_in_one_line_that_there_is_no_gpu(tmp_path):
+    command = [sys.executable, str(ROOT / "bench/gpu.py"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2
+    assert done.stderr.startswith("bench/gpu.py: no GPU to run on: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_run_goes_on_after_a_failed_part(tmp_path, capsys):
+    def breaks(state):
+        raise OSError("the disk is full")
+
+    def works(state):
+        state.write("works.json", [1])
+        return {"ok": True, "summary": "did it", "error": ""}
+
+    state = gpu.Run(tmp_path, seconds=60)
+    assert gpu.run_parts(state, {"first": breaks, "second": works}) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())["parts"]
+    assert summary["first"]["error"] == "OSError: the disk is full" and summary["second"]["ok"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["summary.json", "works.json"]
+    assert "first: FAILED" in capsys.readouterr().out
+
+
+def test_gpu_run_stops_a_step_that_takes_too_long():
+    script = "import time; print('begun', flush=True); time.sleep(60)"
+    done = gpu.execute([sys.executable, "-c", script], 1.5)
+    assert done.code is None or done.code != 0
+    assert "begun" in done.output
+    assert gpu.execute(["true"], 0.0).code is None
+
+
+def test_gpu_run_reads_test_reports():
+    report = """<testsuites><testsuite>
+      <testcase classname="tests.test_a" name="test_v[triton-cuda-fp32]" time="0.5"/>
+      <testcase classname="tests.test_a" name="test_v[cuda-cuda-fp32]" time="0.1">
+        <failure message="E">text</failure></testcase>
+      <testcase classname="tests.test_a" name="test_plain" time="0.1"><skipped message="why"/></testcase>
+    </testsuite></testsuites>"""
+    cases = gpu.parse_junit(report)
+    assert [c["outcome"] for c in cases] == ["passed", "failed", "skipped"]
+    assert cases[1]["message"] == "E\ntext"
+    counts = gpu.count_outcomes(cases)
+    assert counts["triton"] == {"passed": 1} and counts["cuda"] == {"failed": 1}
+    assert counts["all"] == {"passed": 1, "failed": 1, "skipped": 1}
