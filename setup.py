@@ -339,7 +339,10 @@ class BuildExt(build_ext):
     def run(self):
         self.made = run_ninja(["cpu", "ext"] + (["cuda"] if nvcc() else [])) + [FACTS]
         if not nvcc():
-            print("pydl: no nvcc found, libpydl_cuda.so is not built (set CUDA_HOME or pip install nvidia-cuda-nvcc)")
+            why = (
+                "as PYDL_CUDA_ARCHS=none asks" if os.environ.get("PYDL_CUDA_ARCHS") else "no nvcc found, set CUDA_HOME"
+            )
+            print(f"pydl: libpydl_cuda.so is not built ({why})")
         if not (self.inplace or self.editable_mode):
             for path in self.made:
                 target = Path(self.build_lib) / path

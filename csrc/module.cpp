@@ -57,5 +57,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &cpu_capability,
         "Level the CPU kernels run at: 'baseline', 'avx2' or 'avx512' (PYDL_CPU_CAPABILITY lowers it).");
   m.def("kernel_resources", &kernel_resources,
-        "One dict per CUDA kernel and target: source, kernel, arch, registers, spill_stores, spill_loads, stack, shared.");
+        "One dict per CUDA kernel and target: source, kernel, arch, registers, spill_stores, spill_loads, stack, "
+        "shared.");
 }
