@@ -82,7 +82,7 @@ kernels: tools .venv/demo.stamp native
 
 # For a machine with a GPU and no network: nothing is installed, the active Python is used as it is.
 gpu:
-	$(PYTHON) bench/gpu.py --out $(OUT)
+	$(PYTHON) bench/gpu.py --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info pydl/_lib pydl/_C*.so .pytest_cache .mypy_cache .ruff_cache
