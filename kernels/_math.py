@@ -14,6 +14,14 @@ def sigmoid(x):
 
 
 @triton.jit
+def sigmoid_and_slope(x):
+    """sigmoid(x) and its derivative e / (1 + e)^2, which p (1 - p) would lose to cancellation for large x."""
+    e = tl.exp(-tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    return tl.where(x >= 0.0, 1.0, e) * r, e * r * r
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent of fp32, within 2 ulp.
 

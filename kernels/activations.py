@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import TYPES, Case
+from ._aot import Case
 from ._launch import Device, device_facts, device_guard, require_dtype
-from ._math import sigmoid, tanh
+from ._math import sigmoid, sigmoid_and_slope, tanh
 
 KINDS = ("relu", "leaky_relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "step")
 
@@ -61,12 +61,11 @@ def _activation_grad(dy, s, alpha, KIND: tl.constexpr):
     elif KIND == "gelu_tanh":
         # past |x| = 16 the slope is 0 in fp32; bounding x keeps its square finite
         t = tl.minimum(tl.maximum(s, -16.0), 16.0)
-        p = sigmoid(1.5957691216057308 * (t + 0.044715 * t * t * t))
-        slope = p * (1.0 - p) * (1.5957691216057308 * (1.0 + 0.134145 * t * t))
-        dx = dy * (p + s * slope)
+        p, slope = sigmoid_and_slope(1.5957691216057308 * (t + 0.044715 * t * t * t))
+        dx = dy * (p + s * (slope * (1.5957691216057308 * (1.0 + 0.134145 * t * t))))
     elif KIND == "silu":
-        p = sigmoid(s)
-        dx = dy * (p * (1.0 + s * (1.0 - p)))
+        p, slope = sigmoid_and_slope(s)
+        dx = dy * (p + s * slope)
     else:
         tl.static_assert(KIND == "step", "unknown activation")
         dx = tl.zeros_like(dy)
@@ -187,21 +186,14 @@ def activation_bwd(dy: Tensor, saved: Tensor, kind: str, alpha: float) -> Tensor
 def aot_cases(arch: int) -> Iterator[Case]:
     """Every kind and dtype in the large tile; the small tile for one kind, 64-bit sizes for another."""
     device = Device(arch, 132)
-    for dtype, itemsize in (("float32", 4), ("float16", 2), ("bfloat16", 2)):
-        pointer = f"*{TYPES[dtype]}"
-        fwd = {"x_ptr": pointer, "y_ptr": pointer, "n": "i32", "alpha": "fp32"}
-        bwd = {"dy_ptr": pointer, "saved_ptr": pointer, "dx_ptr": pointer, "n": "i32", "alpha": "fp32"}
+    for dtype, itemsize in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
         for kind in KINDS:
-            sizes = [(2**28, "")]
-            if kind == "gelu":
-                sizes += [(2**12, " small")]
-            if kind == "tanh":
-                sizes += [(2**32, " 64-bit")]
+            sizes = [(2**28, "")] + [(2**12, " small")] * (kind == "gelu") + [(2**32, " 64-bit")] * (kind == "tanh")
             for n, suffix in sizes:
+                types = {name: f"*{dtype}" for name in ("x_ptr", "y_ptr", "dy_ptr", "saved_ptr", "dx_ptr")}
+                types |= {"n": "i64" if n >= 2**31 else "i32", "alpha": "fp32"}
                 block, num_warps = config(n, itemsize, device)
-                size = {"n": "i64"} if n >= 2**31 else {}
-                quick = dtype == "bfloat16" and kind == "gelu" and not suffix
-                constexprs = {"KIND": kind, "BLOCK": block}
-                label = f"{kind} {TYPES[dtype]}{suffix}"
-                yield Case(_activation_fwd_kernel, label, fwd | size, constexprs, num_warps, quick)
-                yield Case(_activation_bwd_kernel, label, bwd | size, constexprs, num_warps, quick)
+                tile = {"KIND": kind, "BLOCK": block}
+                quick = dtype == "bf16" and kind == "gelu" and not suffix
+                for kernel in (_activation_fwd_kernel, _activation_bwd_kernel):
+                    yield Case(kernel, f"{kind} {dtype}{suffix}", types, tile, num_warps, quick)

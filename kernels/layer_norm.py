@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._aot import TYPES, Case
+from ._aot import Case
 from ._launch import Device, device_facts, device_guard, next_power_of_two, require_dtype
 from ._layer_norm_bwd import (
     _layer_norm_bwd_dwdb_kernel,
@@ -25,8 +25,9 @@ from ._layer_norm_bwd import (
 )
 from ._layer_norm_fwd import _layer_norm_fwd_kernel, _layer_norm_fwd_looped_kernel
 
-MAX_TILE_FWD = 32768
+MAX_TILE_BYTES_FWD = 65536
 MAX_TILE_BWD = 8192
+LOOPED_BLOCK_N = 4096
 REDUCE_BLOCK_P, REDUCE_BLOCK_N = 128, 32
 DWDB_BLOCK_M, DWDB_BLOCK_N = 16, 128
 
@@ -41,22 +42,25 @@ class Config(NamedTuple):
 
 
 def fwd_config(M: int, N: int, itemsize: int, device: Device) -> Config:
-    """Tile of the forward (and of the dx-only backward): up to 32 elements a thread, a warp per row for narrow rows."""
+    """Tile of the forward: 8 KB of narrow rows, a warp each if possible; one wide row, up to 64 elements a thread.
+
+    ``itemsize`` is that of the widest of x, weight and bias: all three are held at once.
+    """
     block_n = max(next_power_of_two(N), 16)
-    if block_n > MAX_TILE_FWD:
-        return Config(1, 4096, 8, looped=True)
+    if block_n * itemsize > MAX_TILE_BYTES_FWD:
+        return Config(1, LOOPED_BLOCK_N, 8, looped=True)
     if block_n >= 2048:
         return Config(1, block_n, {2048: 4, 4096: 8, 8192: 8}.get(block_n, 16))
-    block_m = min(4096 // block_n, 64)
+    block_m = min(8192 // itemsize // block_n, 64)
     # too few programs to fill the part: a quarter of the rows each
     return Config(block_m if M >= block_m * device.sm_count else max(block_m // 4, 1), block_n, 4)
 
 
-def bwd_config(M: int, N: int, itemsize: int, device: Device) -> Config:
-    """Tile of the fused backward: 16 elements a thread, since x, dy, weight and two sums are live at once."""
+def bwd_config(N: int) -> Config:
+    """Tile of the backward: 16 elements a thread for any dtype, since fp32 x, dy, weight and two sums are held."""
     block_n = max(next_power_of_two(N), 16)
     if block_n > MAX_TILE_BWD:
-        return Config(1, 4096, 8, looped=True)
+        return Config(1, LOOPED_BLOCK_N, 8, looped=True)
     if block_n >= 2048:
         return Config(1, block_n, block_n // 512)
     return Config(min(2048 // block_n, 64), block_n, 4)
@@ -72,6 +76,22 @@ def num_row_splits(M: int, N: int, device: Device) -> int:
     """Programs that share a block of columns in the dweight and dbias kernel."""
     wanted = triton.cdiv(4 * device.sm_count, triton.cdiv(N, DWDB_BLOCK_N))
     return max(min(wanted, triton.cdiv(M, DWDB_BLOCK_M)), 1)
+
+
+def _check_sizes(op: str, x: Tensor, M: int, N: int, like_x: Sequence[Tensor], per_row: Sequence[Tensor]) -> None:
+    # what memory safety needs; the public functions raise torch's own errors before this
+    if x.numel() != M * N or any(t.shape != x.shape for t in like_x):
+        raise ValueError(f"{op}: x and dy must have one shape that ends in normalized_shape, got {tuple(x.shape)}")
+    if any(t.numel() != M or t.dtype != torch.float32 for t in per_row):
+        raise ValueError(f"{op}: mean and rstd must be float32 with one element for each of {M} rows")
+
+
+def _parameter(op: str, name: str, parameter: Tensor | None, N: int) -> Tensor | None:
+    if parameter is None:
+        return None
+    if parameter.numel() != N:
+        raise ValueError(f"{op}: {name} must have {N} elements, got {parameter.numel()}")
+    return parameter.contiguous()
 
 
 def _as_rows(x: Tensor, M: int, N: int) -> tuple[Tensor, int]:
@@ -107,10 +127,12 @@ def layer_norm_fwd(
     if M == 0 or N == 0:
         # torch's values for rows without elements
         return y, mean.fill_(0.0), rstd.fill_(math.nan)
+    _check_sizes("layer_norm_fwd", x, M, N, (), ())
     x, stride_xm = _as_rows(x, M, N)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    config = fwd_config(M, N, x.element_size(), device_facts(x))
+    weight = _parameter("layer_norm_fwd", "weight", weight, N)
+    bias = _parameter("layer_norm_fwd", "bias", bias, N)
+    itemsize = max(t.element_size() for t in (x, weight, bias) if t is not None)
+    config = fwd_config(M, N, itemsize, device_facts(x))
     flags = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     with device_guard(x):
         if config.looped:
@@ -160,23 +182,24 @@ def layer_norm_bwd(
         for _, out in sums:
             out.zero_()
         return dx, dweight, dbias
+    _check_sizes("layer_norm_bwd", x, M, N, (dy,), (mean, rstd))
     x, stride_xm = _as_rows(x, M, N)
     dy, stride_dym = _as_rows(dy, M, N)
     mean, rstd = mean.contiguous(), rstd.contiguous()
-    weight = None if weight is None else weight.contiguous()
+    weight = _parameter("layer_norm_bwd", "weight", weight, N)
     device = device_facts(x)
     with device_guard(x):
-        fused = bwd_config(M, N, x.element_size(), device)
-        if want_dx and sums and not fused.looped:
-            partial = x.new_empty((2, num_partials(M, fused, device), N), dtype=torch.float32)
+        config = bwd_config(N)
+        if want_dx and sums and not config.looped:
+            partial = x.new_empty((2, num_partials(M, config, device), N), dtype=torch.float32)
             _layer_norm_bwd_kernel[(partial.shape[1],)](
                 dy, x, mean, rstd, weight, dx, partial, M, N, stride_dym, stride_xm,
-                HAS_WEIGHT=weight is not None, BLOCK_M=fused.block_m, BLOCK_N=fused.block_n,
-                num_warps=fused.num_warps, num_stages=1, enable_fp_fusion=True,
+                HAS_WEIGHT=weight is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
         else:
             if want_dx:
-                _launch_dx(dy, x, mean, rstd, weight, dx, M, N, stride_dym, stride_xm, device)
+                _launch_dx(dy, x, mean, rstd, weight, dx, M, N, stride_dym, stride_xm, config)
             if sums:
                 partial = x.new_empty((2, num_row_splits(M, N, device), N), dtype=torch.float32)
                 _layer_norm_bwd_dwdb_kernel[(triton.cdiv(N, DWDB_BLOCK_N), partial.shape[1])](
@@ -193,13 +216,12 @@ def layer_norm_bwd(
 
 def _launch_dx(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, dx: Tensor,
-    M: int, N: int, stride_dym: int, stride_xm: int, device: Device,
+    M: int, N: int, stride_dym: int, stride_xm: int, config: Config,
 ) -> None:  # fmt: skip
-    config = fwd_config(M, N, x.element_size(), device)
-    if config.looped or config.block_n > MAX_TILE_BWD:
+    if config.looped:
         _layer_norm_bwd_dx_looped_kernel[(M,)](
             dy, x, mean, rstd, weight, dx, N, stride_dym, stride_xm, HAS_WEIGHT=weight is not None,
-            BLOCK_N=4096, num_warps=8, num_stages=1, enable_fp_fusion=True,
+            BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
     else:
         _layer_norm_bwd_dx_kernel[(triton.cdiv(M, config.block_m),)](
@@ -207,3 +229,53 @@ def _launch_dx(
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1,
             enable_fp_fusion=True,
         )  # fmt: skip
+
+
+# widths at which tiles are compiled: every power of two from the narrowest tile, and one row wider than any
+AOT_WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+
+def aot_cases(arch: int) -> Iterator[Case]:
+    """Every tile for fp32 and bf16 with weight and bias; fp16, mixed dtypes and missing parameters at a few widths."""
+    for N in AOT_WIDTHS:
+        for dtype in ("fp32", "bf16"):
+            yield from _aot_width(N, dtype, dtype, True, arch, quick=dtype == "bf16" and N in (4096, 65536))
+    for N in (4096, 32768):
+        yield from _aot_width(N, "fp16", "fp16", True, arch)
+        yield from _aot_width(N, "bf16", "fp32", True, arch)
+        yield from _aot_width(N, "bf16", "bf16", False, arch)
+    for dtype, quick in (("fp32", False), ("bf16", True)):
+        partial = {"partial_ptr": "*fp32", "P": "i32", "M": "i32", "N": "i32"}
+        rows = {"dy_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+        strides = {"stride_dym": "i32", "stride_xm": "i32"}
+        tile = {"BLOCK_M": DWDB_BLOCK_M, "BLOCK_N": DWDB_BLOCK_N}
+        yield Case(_layer_norm_bwd_dwdb_kernel, dtype, rows | partial | strides, tile, 4, quick)
+        out = {"first_ptr": f"*{dtype}", "second_ptr": f"*{dtype}"}
+        tile = {"BLOCK_P": REDUCE_BLOCK_P, "BLOCK_N": REDUCE_BLOCK_N}
+        yield Case(_layer_norm_bwd_reduce_kernel, dtype, partial | out, tile, 4, quick)
+
+
+def _aot_width(N: int, dtype: str, parameter: str, affine: bool, arch: int, quick: bool = False) -> Iterator[Case]:
+    itemsize = 4 if "fp32" in (dtype, parameter) else 2
+    names = ("x_ptr", "dy_ptr", "y_ptr", "dx_ptr")
+    types = {name: f"*{dtype}" for name in names} | {name: "*fp32" for name in ("mean_ptr", "rstd_ptr", "partial_ptr")}
+    types |= {"M": "i32", "N": "i32", "stride_xm": "i32", "stride_dym": "i32", "eps": "fp32"}
+    flags: dict[str, object] = {"HAS_WEIGHT": affine, "HAS_BIAS": affine}
+    if affine:
+        types |= {"weight_ptr": f"*{parameter}", "bias_ptr": f"*{parameter}"}
+    else:
+        flags |= {"weight_ptr": None, "bias_ptr": None}
+    label = f"N={N} x {dtype} " + (f"weight {parameter}" if affine else "no weight")
+    device = Device(arch, 132)
+    for config in dict.fromkeys(fwd_config(M, N, itemsize, device) for M in (2**20, 1)):
+        kernel = _layer_norm_fwd_looped_kernel if config.looped else _layer_norm_fwd_kernel
+        yield _tile_case(kernel, label, types, flags, config, quick)
+    config = bwd_config(N)
+    looped = (_layer_norm_bwd_dx_looped_kernel,)
+    for kernel in looped if config.looped else (_layer_norm_bwd_kernel, _layer_norm_bwd_dx_kernel):
+        yield _tile_case(kernel, label, types, flags, config, quick)
+
+
+def _tile_case(kernel, label: str, types: dict, flags: dict, config: Config, quick: bool) -> Case:
+    tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    return Case(kernel, f"{label} tile {config.block_m}x{config.block_n}", types, flags | tile, config.num_warps, quick)
