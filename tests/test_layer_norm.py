@@ -75,8 +75,10 @@ def test_half_precision_input_with_float32_parameters(backend, low):
 
 
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=("torch",)))
-@pytest.mark.parametrize("n", [2047, 2048, 2049, 4097, 16385, 65536, 65537])  # beside tile and split sizes, and beyond
+@pytest.mark.parametrize("n", [2047, 2048, 2049, 8193, 32769, 65536, 65537])  # beside tile and split sizes, and beyond
 def test_long_rows(backend, n):
+    if backend.slow and n > 32769:
+        pytest.skip("the interpreter needs 12 s; rows above 32,768 all take the same loop over tiles")
     x = 3 + torch.randn(2, n, device=backend.device)
     weight, bias = torch.randn(n, device=backend.device), torch.randn(n, device=backend.device)
     tensors = [t.requires_grad_() for t in (x, weight, bias)]
@@ -133,6 +135,8 @@ def test_only_the_wanted_gradients(backend, frozen):
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float64))
 @pytest.mark.parametrize("parameters", ["both", "weight", "bias", "none"])
 def test_gradcheck(backend, parameters):
+    if backend.name == "torch" and parameters == "bias":
+        pytest.skip("torch 2.13's second derivative without weight forgets the bias")
     # 3 rows of 2 x 3: several normalised axes, and small because gradgradcheck is quadratic in the size
     x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 3, dtype=torch.float64, requires_grad=True) if parameters in ("both", "weight") else None
@@ -148,16 +152,21 @@ def test_gradcheck(backend, parameters):
     check_gradcheck(fn, given)
 
 
-def test_third_derivative_equals_torch():
-    # beyond what is promised, but a wrong answer without an error would be worse than none
+def test_third_derivative_equals_the_formulas():
+    # against the formula in elementary ops: torch 2.13's own third derivative takes mean and rstd for constants
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+
+    def formula(x, shape):
+        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+        return (x - mean) * torch.rsqrt(variance + 1e-5)
 
     def third(op):
         (g,) = torch.autograd.grad(op(x, (4,)).pow(3).sum(), x, create_graph=True)
         (h,) = torch.autograd.grad(g.pow(2).sum(), x, create_graph=True)
-        return torch.autograd.grad(h.sum(), x)[0]
+        return torch.autograd.grad(h.pow(2).sum(), x)[0]
 
-    torch.testing.assert_close(third(ops.layer_norm), third(F.layer_norm))
+    with pydl.backend("cpu"):
+        torch.testing.assert_close(third(ops.layer_norm), third(formula))
 
 
 def test_gradient_penalty_of_an_accelerated_critic():
