@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -87,11 +88,20 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return Array(tensor).contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// An uninitialised CPU tensor and its memory.
+// An uninitialised CPU tensor and its memory. torch's fill_uninitialized_memory does not reach the shim's allocation, so
+// the environment variable PYDL_POISON_MEMORY=1 (read at the first call) fills it with NaN for tests.
 struct Output {
   Tensor tensor;
   void* data;
 };
+
+inline bool poison_memory() {
+  static const bool wanted = [] {
+    const char* value = std::getenv("PYDL_POISON_MEMORY");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  return wanted;
+}
 
 inline Output empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, Dtype dtype) {
   AtenTensorHandle handle = nullptr;
@@ -100,6 +110,11 @@ inline Output empty_strided(const int64_t* sizes, const int64_t* strides, int64_
   Tensor tensor(handle);
   void* data = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
+  if (poison_memory()) {
+    int64_t bytes = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
+    if (bytes > 0) std::memset(data, 0xff, size_t(bytes));
+  }
   return {std::move(tensor), data};
 }
 

@@ -137,6 +137,8 @@ inline V load_raw(const void* p, Part part, V fill) {
     return (V)_mm512_mask_loadu_epi32((__m512i)fill, __mmask16(lanes), p);
   } else if constexpr (sizeof(V) == 64 && size == 8) {
     return (V)_mm512_mask_loadu_epi64((__m512i)fill, __mmask8(lanes), p);
+  } else if constexpr (sizeof(V) == 16 && size == 1) {
+    return (V)_mm_mask_loadu_epi8((__m128i)fill, __mmask16(lanes), p);
   } else if constexpr (sizeof(V) == 32 && size == 2) {
     return (V)_mm256_mask_loadu_epi16((__m256i)fill, __mmask16(lanes), p);
   } else
@@ -280,6 +282,9 @@ template <class C>
 inline bool any(Mask<C> mask) {
   return mask != 0;
 }
+inline Mask<float> equal(Vec<int32_t> a, Vec<int32_t> b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
+inline Mask<double> equal(Vec<int64_t> a, Vec<int64_t> b) { return _mm512_cmpeq_epi64_mask((__m512i)a, (__m512i)b); }
+inline Mask<float> join(Mask<double> low, Mask<double> high) { return Mask<float>(low | high << 8); }
 #else
 template <class C>
 using Mask = IntVec<C>;
@@ -299,7 +304,25 @@ inline bool any(Mask<C> mask) {
   for (uint64_t word : words) all |= word;
   return all != 0;
 }
+inline Mask<float> equal(Vec<int32_t> a, Vec<int32_t> b) { return a == b; }
+inline Mask<double> equal(Vec<int64_t> a, Vec<int64_t> b) { return a == b; }
+inline Mask<float> join(Mask<double> low, Mask<double> high);
 #endif
+
+// One truth value per lane of Vec<C>: whether the 64-bit integer at p equals value. Missing lanes are undefined.
+template <class C, class Extent>
+inline Mask<C> equal_int64(const int64_t* p, int64_t value, Extent extent) {
+  constexpr int L = kLanes<double>;
+  const Vec<int64_t> wanted = splat(value);
+  if constexpr (sizeof(C) == 8) {
+    return equal(load_raw(p, extent, wanted), wanted);
+  } else if constexpr (is_same<Extent, Whole>) {
+    return join(equal(load_raw(p, Whole{}, wanted), wanted), equal(load_raw(p + L, Whole{}, wanted), wanted));
+  } else {
+    const Part low{smaller(extent.n, L)}, high{extent.n - low.n};
+    return join(equal(load_raw(p, low, wanted), wanted), equal(load_raw(p + low.n, high, wanted), wanted));
+  }
+}
 
 // Maximum of numbers; where a lane of either is NaN the result is b's.
 inline VecF max_number(VecF a, VecF b) {
@@ -356,6 +379,10 @@ template <class V>
 inline V odd(V a, V b) {
   return every_second<1>(a, b, indices<kLanesOf<V>>{});
 }
+
+#if PYDL_VEC_BYTES != 64
+inline Mask<float> join(Mask<double> low, Mask<double> high) { return even((Mask<float>)low, (Mask<float>)high); }
+#endif
 
 // Sum of the lanes, halves first: a fixed order.
 template <class V>

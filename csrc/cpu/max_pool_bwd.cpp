@@ -1,0 +1,292 @@
+// Max pooling, backward and its derivative.
+//
+// Backward in the contiguous layout: a thread owns whole planes and adds the gradients of a plane's outputs in order.
+// Channels-last layout: every input pixel gathers from the windows that cover it, vectorised over channels, in the same
+// order. No element is written by two threads, so results do not depend on them. Indices that lie outside the plane are
+// skipped.
+
+#include "common/vec.h"
+#include "cpu/max_pool.h"
+
+namespace pydl::PYDL_ISA {
+namespace {
+
+// Where a stored index points: from an offset (number of a tap) or a flat position.
+class Resolver {
+ public:
+  Resolver(const PoolShape& s, bool flat)
+      : h_(s.h.in), w_(s.w.in), step_h_(s.h.dilation), step_w_(s.w.dilation), gaps_(step_h_ > h_ || step_w_ > w_) {
+    if (flat) return;
+    for (int64_t tap = 0; tap < 256; ++tap) {
+      const bool exists = tap < s.h.kernel * s.w.kernel;
+      row_[tap] = exists ? tap / s.w.kernel * s.h.dilation : kNowhere;
+      col_[tap] = exists ? tap % s.w.kernel * s.w.dilation : kNowhere;
+    }
+  }
+  // Position in the plane for a window with its origin at (top, left), -1 if outside.
+  int64_t operator()(uint8_t tap, int64_t top, int64_t left) const {
+    const int64_t row = top + row_[tap], col = left + col_[tap];
+    return uint64_t(row) < uint64_t(h_) && uint64_t(col) < uint64_t(w_) ? row * w_ + col : -1;
+  }
+  int64_t operator()(int64_t flat, int64_t top, int64_t left) const {
+    if (uint64_t(flat) >= uint64_t(h_ * w_)) return -1;
+    // A window whose taps all miss the input has a position in padding, which may look like another row's.
+    if (gaps_ && !(reaches(top, step_h_, h_) && reaches(left, step_w_, w_))) return -1;
+    return flat;
+  }
+
+ private:
+  static bool reaches(int64_t start, int64_t step, int64_t size) {
+    return (start < 0 ? start + ceil_div(-start, step) * step : start) < size;
+  }
+
+  static constexpr int64_t kNowhere = -(int64_t(1) << 62);
+  int64_t h_, w_, step_h_, step_w_;
+  bool gaps_;
+  int64_t row_[256], col_[256];
+};
+
+inline int64_t window_start(const PoolDim& d, int64_t o) { return o * d.stride - d.padding; }
+
+// ---- backward, contiguous layout
+
+// Items are planes; `sums` holds one plane of the compute type unless that is T itself.
+template <class I, class T, class C>
+void scatter_planes(const PoolBwd& a, C* sums, int64_t begin, int64_t end) {
+  const PoolShape& s = a.shape;
+  const int64_t outputs = s.h.out * s.w.out, inputs = s.h.in * s.w.in;
+  const Resolver resolve(s, a.flat);
+  for (int64_t plane = begin; plane < end; ++plane) {
+    const T* dy = static_cast<const T*>(a.dy) + plane * outputs;
+    const I* index = static_cast<const I*>(a.indices) + plane * outputs;
+    T* dx = static_cast<T*>(a.dx) + plane * inputs;
+    if constexpr (is_same<T, C>) sums = dx;
+    sweep<C>(inputs, [&](int64_t i, int, auto extent) { store(sums + i, Vec<C>{}, extent); });
+    for (int64_t oh = 0; oh < s.h.out; ++oh) {
+      const int64_t top = window_start(s.h, oh);
+      for (int64_t ow = 0; ow < s.w.out; ++ow, ++dy, ++index) {
+        const int64_t position = resolve(*index, top, window_start(s.w, ow));
+        if (position >= 0) sums[position] += to_compute(*dy);
+      }
+    }
+    if constexpr (!is_same<T, C>) {
+      sweep<C>(inputs, [&](int64_t i, int, auto extent) { store(dx + i, load(sums + i, extent), extent); });
+    }
+  }
+}
+
+// ---- backward, channels-last layout
+
+// Windows [first, last) of one dimension that span input position `in`; with a dilation some of them pass over it.
+struct Covering {
+  int64_t first, last;
+};
+inline Covering covering(const PoolDim& d, int64_t in) {
+  const int64_t last = floor_div(in + d.padding, d.stride) + 1;
+  const int64_t first = ceil_div(in + d.padding - (d.kernel - 1) * d.dilation, d.stride);
+  return {larger(first, 0), smaller(last, d.out)};
+}
+// Tap of window o that reads input position `in`, -1 if it passes over it.
+inline int64_t tap_at(const PoolDim& d, int64_t o, int64_t in) {
+  const int64_t distance = in - window_start(d, o);
+  if (d.dilation == 1) return distance;
+  return distance % d.dilation == 0 ? distance / d.dilation : -1;
+}
+
+template <class C, class Extent>
+inline Mask<C> points_to(const uint8_t* index, int64_t tap, Extent extent) {
+  typedef VecN<uint8_t, kLanes<C>> Bytes;
+  return equal(__builtin_convertvector(load_raw(index, extent, Bytes{}), IntVec<C>), splat(int_t<C>(tap)));
+}
+template <class C, class Extent>
+inline Mask<C> points_to(const int64_t* index, int64_t position, Extent extent) {
+  return equal_int64<C>(index, position, extent);
+}
+
+// U vectors of channels of one input pixel.
+template <int U, class I, class T, class C, class Extent>
+inline void gather_channels(const PoolBwd& a, int64_t n, int64_t ih, int64_t iw, Covering rows, Covering cols,
+                            int64_t c, Extent extent) {
+  const PoolShape& s = a.shape;
+  Vec<C> sums[U] = {};
+  for (int64_t oh = rows.first; oh < rows.last; ++oh) {
+    const int64_t i = tap_at(s.h, oh, ih);
+    if (i < 0) continue;
+    for (int64_t ow = cols.first; ow < cols.last; ++ow) {
+      const int64_t j = tap_at(s.w, ow, iw);
+      if (j < 0) continue;
+      const int64_t from = ((n * s.h.out + oh) * s.w.out + ow) * s.channels + c;
+      const int64_t wanted = sizeof(I) == 1 ? i * s.w.kernel + j : ih * s.w.in + iw;
+      for (int u = 0; u < U; ++u) {
+        const int64_t at = from + u * kLanes<C>;
+        const Mask<C> mask = points_to<C>(static_cast<const I*>(a.indices) + at, wanted, extent);
+        sums[u] += select<C>(mask, load(static_cast<const T*>(a.dy) + at, extent), Vec<C>{});
+      }
+    }
+  }
+  T* dx = static_cast<T*>(a.dx) + ((n * s.h.in + ih) * s.w.in + iw) * s.channels + c;
+  for (int u = 0; u < U; ++u) store(dx + u * kLanes<C>, sums[u], extent);
+}
+
+// Items are input rows of images.
+template <class I, class T, class C>
+void gather_rows(const PoolBwd& a, int64_t begin, int64_t end) {
+  const PoolShape& s = a.shape;
+  constexpr int L = kLanes<C>;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / s.h.in, ih = item % s.h.in;
+    const Covering rows = covering(s.h, ih);
+    for (int64_t iw = 0; iw < s.w.in; ++iw) {
+      const Covering cols = covering(s.w, iw);
+      int64_t c = 0;
+      for (; c + 4 * L <= s.channels; c += 4 * L) gather_channels<4, I, T, C>(a, n, ih, iw, rows, cols, c, Whole{});
+      for (; c + L <= s.channels; c += L) gather_channels<1, I, T, C>(a, n, ih, iw, rows, cols, c, Whole{});
+      if (c < s.channels) gather_channels<1, I, T, C>(a, n, ih, iw, rows, cols, c, Part{s.channels - c});
+    }
+  }
+}
+
+// ---- the derivative of backward: y = x at the stored positions
+
+// Items are planes, or output rows of images in the channels-last layout.
+template <class I, class T>
+void pick_items(const PoolBwd& a, int64_t begin, int64_t end) {
+  const PoolShape& s = a.shape;
+  const Resolver resolve(s, a.flat);
+  const int64_t rows = s.channels_last ? 1 : s.h.out, inner = s.channels_last ? s.channels : 1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t outputs = item * rows * s.w.out * inner;
+    const int64_t image = s.channels_last ? item / s.h.out : item;
+    const T* x = static_cast<const T*>(a.dy) + image * s.h.in * s.w.in * inner;
+    const I* index = static_cast<const I*>(a.indices) + outputs;
+    T* y = static_cast<T*>(a.dx) + outputs;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t top = window_start(s.h, s.channels_last ? item % s.h.out : row);
+      for (int64_t ow = 0; ow < s.w.out; ++ow) {
+        const int64_t left = window_start(s.w, ow);
+        for (int64_t c = 0; c < inner; ++c, ++index, ++y) {
+          const int64_t position = resolve(*index, top, left);
+          *y = position >= 0 ? x[position * inner + c] : T{};
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// Planes [begin, end) of the contiguous layout.
+void max_pool_scatter(const PoolBwd& a, void* sums, int64_t begin, int64_t end) {
+  if (a.flat) {
+    PYDL_FLOAT_SWITCH(a.dtype, scatter_planes<int64_t, T>(a, static_cast<compute_t<T>*>(sums), begin, end));
+  } else {
+    PYDL_FLOAT_SWITCH(a.dtype, scatter_planes<uint8_t, T>(a, static_cast<compute_t<T>*>(sums), begin, end));
+  }
+}
+
+// Rows [begin, end) of the batch * h.in input rows of the channels-last layout.
+void max_pool_gather_rows(const PoolBwd& a, int64_t begin, int64_t end) {
+  if (a.flat) {
+    PYDL_FLOAT_SWITCH(a.dtype, gather_rows<int64_t, T, compute_t<T>>(a, begin, end));
+  } else {
+    PYDL_FLOAT_SWITCH(a.dtype, gather_rows<uint8_t, T, compute_t<T>>(a, begin, end));
+  }
+}
+
+// Planes, or output rows of images in the channels-last layout, [begin, end).
+void max_pool_pick(const PoolBwd& a, int64_t begin, int64_t end) {
+  if (a.flat) {
+    PYDL_FLOAT_SWITCH(a.dtype, pick_items<int64_t, T>(a, begin, end));
+  } else {
+    PYDL_FLOAT_SWITCH(a.dtype, pick_items<uint8_t, T>(a, begin, end));
+  }
+}
+
+}  // namespace pydl::PYDL_ISA
+
+#if PYDL_ISA_LEVEL == 0
+
+namespace pydl {
+
+PYDL_CPU_DECLARE(void, max_pool_scatter, const PoolBwd&, void*, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, max_pool_gather_rows, const PoolBwd&, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, max_pool_pick, const PoolBwd&, int64_t, int64_t)
+
+namespace {
+
+// Shape of a pooling whose input is height x width and whose outputs `indices` belong to.
+PoolShape index_shape(const char* op, const Array& indices, int64_t height, int64_t width, const Sizes& kernel,
+                      const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+  STD_TORCH_CHECK(indices.dim == 4, op, ": indices must have 4 dimensions, got ", indices.dim);
+  STD_TORCH_CHECK(indices.dtype == Dtype::kUInt8 || indices.dtype == Dtype::kInt64, op,
+                  ": indices must be uint8 or int64");
+  STD_TORCH_CHECK(height > 0 && width > 0 && height <= INT64_MAX / width, op, ": height and width must be positive, got ",
+                  height, " and ", width);
+  PoolShape s{indices.sizes[0], indices.sizes[1], pool_dim(op, height, 0, kernel, stride, padding, dilation),
+              pool_dim(op, width, 1, kernel, stride, padding, dilation), like_channels_last(indices)};
+  s.h.out = indices.sizes[2];
+  s.w.out = indices.sizes[3];
+  for (const PoolDim* d : {&s.h, &s.w}) {
+    STD_TORCH_CHECK(d->out < INT64_MAX / 2 / d->stride, op, ": indices are too large, got size ", d->out);
+  }
+  return s;
+}
+
+Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t height, int64_t width,
+                      const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+  const char* const op = "max_pool2d_bwd";
+  const PoolShape s = index_shape(op, Array(indices_in), height, width, kernel_size, stride, padding, dilation);
+  const Tensor dy = dense_in(dy_in, s.channels_last), indices = dense_in(indices_in, s.channels_last);
+  const Array grad(dy), index(indices);
+  STD_TORCH_CHECK(host::is_floating(grad.dtype), op, ": dy must be float32, float64, float16 or bfloat16");
+  STD_TORCH_CHECK(grad.dim == 4 && std::equal(grad.sizes, grad.sizes + 4, index.sizes), op,
+                  ": dy must have the shape of indices");
+  Output dx = empty_pool(s, height, width, grad.dtype);
+  if (s.batch * s.channels == 0) return std::move(dx.tensor);
+  const PoolBwd a{s, grad.data, index.data, dx.data, index.dtype == Dtype::kInt64, grad.dtype};
+  if (s.channels_last) {
+    host::parallel(s.batch * height, width * s.channels * 4,
+                   [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_gather_rows)(a, begin, end); });
+  } else {
+    const Dtype compute = host::compute_dtype(grad.dtype);
+    const int64_t plane = compute == grad.dtype ? 0 : height * width * host::size_of(compute);
+    host::parallel(s.batch * s.channels, height * width / 4 + s.h.out * s.w.out * 4, [&](int64_t begin, int64_t end) {
+      const host::Scratch sums(plane);
+      PYDL_CPU_DISPATCH(max_pool_scatter)(a, sums.get(), begin, end);
+    });
+  }
+  return std::move(dx.tensor);
+}
+
+Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Sizes& kernel_size, const Sizes& stride,
+                         const Sizes& padding, const Sizes& dilation) {
+  const char* const op = "max_pool2d_gather";
+  const Array meta(x_in);
+  STD_TORCH_CHECK(meta.dim == 4, op, ": x must have 4 dimensions, got ", meta.dim);
+  STD_TORCH_CHECK(host::is_floating(meta.dtype), op, ": x must be float32, float64, float16 or bfloat16");
+  const PoolShape s =
+      index_shape(op, Array(indices_in), meta.sizes[2], meta.sizes[3], kernel_size, stride, padding, dilation);
+  STD_TORCH_CHECK(meta.sizes[0] == s.batch && meta.sizes[1] == s.channels, op, ": indices must have ", meta.sizes[0],
+                  " x ", meta.sizes[1], " planes as x, got ", s.batch, " x ", s.channels);
+  const Tensor x = dense_in(x_in, s.channels_last), indices = dense_in(indices_in, s.channels_last);
+  const Array input(x), index(indices);
+  Output y = empty_pool(s, s.h.out, s.w.out, meta.dtype);
+  const PoolBwd a{s, input.data, index.data, y.data, index.dtype == Dtype::kInt64, meta.dtype};
+  const int64_t items = s.batch * (s.channels_last ? s.h.out : s.channels);
+  const int64_t outputs = s.w.out * (s.channels_last ? s.channels : s.h.out);
+  if (outputs > 0) {
+    host::parallel(items, outputs * 4,
+                   [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_pick)(a, begin, end); });
+  }
+  return std::move(y.tensor);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pydl, CPU, m) {
+  m.impl("max_pool2d_bwd", TORCH_BOX(&max_pool2d_bwd));
+  m.impl("max_pool2d_gather", TORCH_BOX(&max_pool2d_gather));
+}
+
+}  // namespace
+}  // namespace pydl
+
+#endif
