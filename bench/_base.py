@@ -112,6 +112,9 @@ class RemoteSubject:
         time.sleep(_SETTLE_S)
         return samples
 
+    def disturbed(self) -> int:
+        return self._base.ask(do="disturbed")
+
     def close(self) -> None:
         self._base.ask(do="close")
 

@@ -149,7 +149,7 @@ class Gate:
             errors = [error(out, o) for out, o in zip(outputs, self.oracle, strict=True)]
             bounds = self.bounds(outputs)
         except Exception as failure:  # a provider may fail in any way: it is reported, the others are still measured
-            return Verdict(False, None, f"{type(failure).__name__}: {str(failure)[:300]}")
+            return Verdict(False, None, f"{type(failure).__name__}: {str(failure)[:160]}")
         wrong = [i for i, (e, b) in enumerate(zip(errors, bounds, strict=True)) if not e <= b]
         worst = max(errors)
         note = "; ".join(f"{self._name(i)} error {errors[i]:.2e} > {bounds[i]:.2e}" for i in wrong)

@@ -52,6 +52,7 @@ class Subject(Protocol):
     def check(self) -> Verdict: ...
     def prepare(self) -> Facts: ...
     def sample(self) -> list[float]: ...
+    def disturbed(self) -> int: ...
     def close(self) -> None: ...
 
 
@@ -85,7 +86,7 @@ class LocalSubject:
     def __init__(self, group: Group, provider: Provider, gate: Gate, clock: _timing.GpuClock | None = None) -> None:
         self.name, self.group, self.provider, self.gate, self.clock = provider.name, group, provider, gate, clock
         self._run: Callable[[], object] = lambda: None
-        self._inner, self._host_ms = 1, 0.05
+        self._inner, self._host_ms, self._disturbed = 1, 0.05, 0
 
     @contextlib.contextmanager
     def _scope(self) -> Iterator[None]:
@@ -120,9 +121,15 @@ class LocalSubject:
 
     def sample(self) -> list[float]:
         with self._scope():
-            if self.clock is None:
-                return [_timing.cpu_sample(self._run, self._inner)]
-            return self.clock.batch(self._run, GPU_BATCH, self._host_ms)
+            if self.clock is not None:
+                return self.clock.batch(self._run, GPU_BATCH, self._host_ms)
+            ms, disturbed = _timing.undisturbed_sample(self._run, self._inner)
+            self._disturbed += disturbed
+            return [ms]
+
+    def disturbed(self) -> int:
+        """Samples taken while other work held a core that this process wanted."""
+        return self._disturbed
 
     def close(self) -> None:
         self._run = lambda: None
@@ -196,7 +203,8 @@ def measure(
             facts.append((row, admitted[1]))
     if subjects:
         _fill(group, facts, interleave(subjects, seconds), roof)
-    for subject in subjects:
+    for subject, (row, _) in zip(subjects, facts, strict=True):
+        row["disturbed"] = subject.disturbed()
         subject.close()
     return rows
 
@@ -214,7 +222,7 @@ def _admit(
     except Unavailable as reason:
         row.update(ok=False, note=str(reason), missing=True)
     except Exception as failure:  # one provider's failure must not cost the others their rows
-        row.update(ok=False, note=f"{type(failure).__name__}: {str(failure)[:300]}")
+        row.update(ok=False, note=f"{type(failure).__name__}: {str(failure)[:160]}")
     return None
 
 

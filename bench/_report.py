@@ -98,7 +98,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     for row in wrong:
         text += f"\n  wrong   {_where(row)} {row['provider']}: {row['note']}"
     noisy = sum(is_noisy(row) for row in rows)
-    return text + (f"\n~ {noisy} rows have p90 above twice p10: other work disturbed them" if noisy else "")
+    return text + (
+        f"\n~ {noisy} rows were disturbed: p90 above twice p10, or cores held by other work" if noisy else ""
+    )
 
 
 def _where(row: dict[str, Any]) -> str:
@@ -106,8 +108,10 @@ def _where(row: dict[str, Any]) -> str:
 
 
 def is_noisy(row: dict[str, Any]) -> bool:
-    """Whether the spread of a row is so wide that its ratio means little."""
-    return row["median_ms"] is not None and row["p90_ms"] > 2 * row["p10_ms"]
+    """Whether the spread of a row, or the number of disturbed samples, is so large that its ratio means little."""
+    if row["median_ms"] is None:
+        return False
+    return row["p90_ms"] > 2 * row["p10_ms"] or row.get("disturbed", 0) > row["samples"] / 2
 
 
 def _measured(row: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ EXTRA: dict[str, tuple[type, ...]] = {
     "flops": (int,),
     "gbs": _NUMBER,
     "samples": (int,),
+    "disturbed": (int,),
     "target": (dict,),
     "met": (bool, type(None)),
     "note": _TEXT,

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import _base, _case, _gate, _harness, _panel, _providers, _report, _schema, _stats, gpu, run  # noqa: E402
+from bench import _base, _case, _gate, _harness, _panel, _providers, _report, _schema, _stats, _timing, gpu, run  # noqa: E402
 
 TOY = """
 import torch.nn.functional as F
@@ -101,6 +101,54 @@ def test_providers_take_turns_round_by_round():
     assert [len(s.rounds) for s in series] == [7, 7, 7]
     rounds = ["".join(log[i : i + 3]) for i in range(0, len(log), 3)]
     assert rounds == ["abc", "bca", "cab", "cba", "acb", "bac", "abc"]
+
+
+def test_a_sample_in_which_other_work_held_a_core_is_taken_again(monkeypatch):
+    waits = iter([0, 10**12, 10**12, 10**12])  # the first sample stood in line, the second did not
+    monkeypatch.setattr(_timing, "waited_ns", lambda: next(waits))
+    calls = []
+    ms, disturbed = _timing.undisturbed_sample(lambda: calls.append(1), 3)
+    assert len(calls) == 6 and not disturbed and ms > 0
+    standing = iter(range(0, 10**15, 10**12))
+    monkeypatch.setattr(_timing, "waited_ns", lambda: next(standing))
+    assert _timing.undisturbed_sample(lambda: None, 1, attempts=3)[1]
+
+
+class FakeEvent:
+    """A CUDA event of a device that ends a spin after `patience` queries."""
+
+    queries = 0
+    patience = 0
+
+    def __init__(self, enable_timing=False):
+        pass
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 2.0
+
+    def query(self):
+        FakeEvent.queries += 1
+        return FakeEvent.queries <= FakeEvent.patience
+
+
+@pytest.mark.parametrize(("patience", "batches", "starved"), [(0, 1, 0), (2, 3, 0), (99, 4, 1)])
+def test_a_gpu_batch_behind_which_the_stream_ran_dry_is_taken_again(monkeypatch, patience, batches, starved):
+    spins = []
+    monkeypatch.setattr(FakeEvent, "queries", 0)
+    monkeypatch.setattr(FakeEvent, "patience", patience)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", spins.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
+    clock = _timing.GpuClock(torch.device("cpu"))
+    spins.clear()
+    calls = []
+    assert clock.batch(lambda: calls.append(1), 5, host_ms=0.01) == [2.0] * 5
+    assert len(calls) == 5 * batches == 5 * len(spins)
+    assert spins == sorted(spins) and clock.starved == starved
 
 
 # ---- the gate
