@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,42 @@ DIFFERENCE_ERR = 1e-7  # relative error of a central difference with that step, 
 Tensors = list[Tensor]
 
 
+_M_PERTURB, _ALL_ONES = -6, 0x100  # glibc fills what malloc returns with the complement of the low byte
+_poisoned = 0
+
+
+@functools.cache
+def _mallopt() -> Callable[[int, int], int]:
+    """glibc's mallopt; does nothing where the C library has none."""
+    try:
+        function: Callable[[int, int], int] = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return lambda option, value: 0
+    return function
+
+
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """New tensors hold NaN (integers their largest value) while active, so that an element nobody wrote is seen."""
+    """New tensors hold NaN (integers all ones or their largest value), so that an element nobody wrote is seen.
+
+    Torch's own switch covers what the dispatcher allocates, on every device. C++ code that allocates through the stable
+    ABI's `aoti_torch_empty_strided` passes it by: for that malloc itself is told to fill.
+    """
+    global _poisoned
     fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    _mallopt()(_M_PERTURB, _ALL_ONES)
+    _poisoned += 1
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*deterministic.*")
             yield
     finally:
+        _poisoned -= 1
+        if _poisoned == 0:
+            _mallopt()(_M_PERTURB, 0)
         torch.use_deterministic_algorithms(before, warn_only=warn)
         deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
