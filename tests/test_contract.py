@@ -19,6 +19,7 @@ from pydl.backend import Decision, Family, choose
 from pydl.ops._contract import Op
 
 SCALE = 0.5
+_NEEDED: list[tuple[bool, ...]] = []
 
 
 def _fwd_setup(ctx, inputs, outputs):
@@ -32,6 +33,7 @@ def _fwd_backward(ctx, dy, _):
     x, w = ctx.saved_tensors
     if dy is None:
         return None, None, None
+    _NEEDED.append(tuple(ctx.needs_input_grad[:3]))
     dx, dw = _BWD(ctx.decision, dy, x, w, ctx.s)
     return dx, dw if w is not None else None, None
 
@@ -143,6 +145,21 @@ def test_eager_values_and_gradients() -> None:
         assert not toy(x, w).requires_grad
     with torch.inference_mode():
         torch.testing.assert_close(toy(x, w), formula(x, w))
+
+
+@pytest.mark.parametrize("call", ["public", "operator", "compiled", "transformed"])
+def test_formulas_see_which_gradients_are_needed(call: str) -> None:
+    """On every way into an op ``ctx.needs_input_grad`` counts the schema's arguments from zero."""
+    x, w = torch.randn(3), torch.randn(3, requires_grad=True)
+    _NEEDED.clear()
+    if call == "transformed":
+        torch.func.grad(lambda v: toy(x, v).sum())(w.detach())
+    elif call == "operator":
+        torch.ops.pydl.toy_fwd(x, w, SCALE)[0].sum().backward()
+    else:
+        function = torch.compile(toy, backend="aot_eager") if call == "compiled" else toy
+        function(x, w).sum().backward()
+    assert _NEEDED == [(False, True, False)]
 
 
 @pytest.mark.parametrize("with_weight", [True, False])
