@@ -173,10 +173,8 @@ def serve() -> None:
 def _make_subject(request: dict[str, Any], clock: Any) -> Any:
     """pydl on the requested group, with a gate of its own."""
     from bench import _case, _harness, _providers
-    from bench._gate import Gate
 
     case = next(c for c in _case.load(request["op"]).CASES if c.name == request["case"])
     group = Group(request["op"], case, request["device"], request["dtype"], request["mode"])
-    function, reference = _providers.function_name(group.op, case), _providers.torch_function(group.op, case)
-    gate = Gate(function, reference, _harness.make_inputs(group), _harness.needs_gradients(group))
+    gate = _harness.make_gate(group)
     return _harness.LocalSubject(group, _providers.resolve("pydl", group.op, case), gate, clock)

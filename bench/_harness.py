@@ -68,6 +68,15 @@ def make_inputs(group: Group) -> Call:
     return call
 
 
+def make_gate(group: Group) -> Gate:
+    """The gate of a group, with fresh inputs."""
+    function, reference = (
+        _providers.function_name(group.op, group.case),
+        _providers.torch_function(group.op, group.case),
+    )
+    return Gate(function, reference, make_inputs(group), needs_gradients(group))
+
+
 def make_runner(group: Group, fn: Callable[..., Any], call: Call) -> Callable[[], object]:
     """The call that is timed: the forward, the backward alone on a graph made once, or both."""
     args, kwargs, wrt = call.args, call.kwargs, call.wrt
@@ -182,13 +191,11 @@ def measure(
         extra: makers of further subjects, such as another commit's pydl in its own process.
         clock: the GPU clock; None on a CPU.
     """
-    call = make_inputs(group)
-    gate = Gate(
-        _providers.function_name(group.op, group.case),
-        _providers.torch_function(group.op, group.case),
-        call,
-        needs_gradients(group),
-    )
+    try:
+        gate = make_gate(group)
+    except RuntimeError as failure:  # such as a device whose memory is too small for the case
+        note = f"the reference failed: {type(failure).__name__}: {str(failure)[:160]}"
+        return [_blank(group, name) | {"note": note, "missing": True} for name in providers]
 
     def local(name: str) -> Callable[[Group], Subject]:
         return lambda group: LocalSubject(group, _providers.resolve(name, group.op, group.case), gate, clock)

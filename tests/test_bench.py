@@ -151,6 +151,36 @@ def test_a_gpu_batch_behind_which_the_stream_ran_dry_is_taken_again(monkeypatch,
     assert spins == sorted(spins) and clock.starved == starved
 
 
+class FakeClock:
+    """A GPU clock that runs the call and reports fixed numbers."""
+
+    def batch(self, call, count, host_ms):
+        return [float(call() is None) + 1.0 for _ in range(count)]
+
+    def host_us(self, call):
+        return 7.5
+
+
+def test_rows_of_a_gpu_carry_host_cost_launches_and_syncs(monkeypatch):
+    monkeypatch.setattr(_timing, "count_launches", lambda call: 2)
+    monkeypatch.setattr(_timing, "count_syncs", lambda call: 0)
+    case = _case.Case("tiny", _case.load("max_pool")._shape(2, 3, 8, 8))
+    chosen = _harness.Group("max_pool", case, "cpu", "bf16", "bwd")
+    (row,) = _harness.measure(chosen, ["torch"], {}, 0.0, clock=FakeClock())
+    assert (row["host_us"], row["launches"], row["syncs"], row["disturbed"]) == (7.5, 2, 0, 0)
+    assert row["samples"] == 7 * _harness.GPU_BATCH and row["median_ms"] == 1.0
+
+
+def test_a_case_too_large_for_the_device_costs_no_other_case(monkeypatch):
+    def no_room(group):
+        raise torch.OutOfMemoryError("tried to allocate too much")
+
+    monkeypatch.setattr(_harness, "make_inputs", no_room)
+    rows = _harness.measure(group(), ["pydl", "torch"], {})
+    assert [r["missing"] for r in rows] == [True, True] and "too much" in rows[0]["note"]
+    assert _schema.problems(document(rows)) == []
+
+
 # ---- the gate
 
 
