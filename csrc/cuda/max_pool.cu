@@ -1,0 +1,306 @@
+// Max pooling forward: each thread reads its windows once, vertical neighbours share row maxima in registers, indices
+// are one byte per output. The kernels are memory-bound: the bytes are x once, y once, one offset per output.
+#include "cuda/max_pool.h"
+
+namespace pydl {
+namespace {
+
+// ---- kernels
+
+template <typename C>
+struct Best {
+  C value;
+  int tap;
+};
+
+// The rule of torch: a larger value or a NaN takes over, so of equal maxima the first and of several NaN the last wins.
+template <bool INDEX>
+__device__ __forceinline__ void take(Best<float>& best, float value, int tap) {
+  if constexpr (INDEX) {
+    bool wins = value > best.value || value != value;
+    best.value = wins ? value : best.value;
+    best.tap = wins ? tap : best.tap;
+  } else {
+    best.value = max_nan(best.value, value);
+  }
+}
+
+template <bool INDEX>
+__device__ __forceinline__ void take(Best<double>& best, double value, int tap) {
+  bool wins = value > best.value || value != value;
+  best.value = wins ? value : best.value;
+  best.tap = wins ? tap : best.tap;
+}
+
+// Any geometry, either layout, one output per thread. Exactly one of offsets and flat may be set.
+template <typename T>
+__global__ void __launch_bounds__(kPoolThreads, 1)
+    max_pool_any_kernel(const T* __restrict__ x, T* __restrict__ y, uint8_t* __restrict__ offsets,
+                        int64_t* __restrict__ flat, Pool p, uint64_t outputs) {
+  uint64_t item = thread_item();
+  if (item >= outputs) return;
+  Place at = place_of(p, item, p.h.out, p.w.out);
+  int top = at.row * p.h.stride - p.h.padding, left = at.col * p.w.stride - p.w.padding;
+  int first_row = first_tap(p.h, at.row), first_col = first_tap(p.w, at.col);
+  Best<acc_t<T>> best{-INFINITY, first_row * p.w.kernel + first_col};
+  for (int kh = first_row; kh < p.h.kernel && top + kh * p.h.dilation < p.h.in; ++kh) {
+    for (int kw = first_col; kw < p.w.kernel && left + kw * p.w.dilation < p.w.in; ++kw) {
+      int row = top + kh * p.h.dilation, col = left + kw * p.w.dilation;
+      take<true>(best, to_acc(x[offset_of(p, at.n, at.c, row, col, p.h.in, p.w.in)]), kh * p.w.kernel + kw);
+    }
+  }
+  y[item] = from_acc<T>(best.value);
+  if (offsets != nullptr) offsets[item] = uint8_t(best.tap);
+  if (flat != nullptr) {
+    int kh = best.tap / p.w.kernel, kw = best.tap % p.w.kernel;
+    flat[item] = int64_t(top + kh * p.h.dilation) * p.w.in + left + kw * p.w.dilation;
+  }
+}
+
+// Row maxima of COLS neighbouring windows: elements left of the chunk, the chunk itself, elements right of it.
+template <typename T, bool INDEX, typename Win, int COLS>
+__device__ __forceinline__ void pool_row(const T* __restrict__ row, bool inside, int col, int width,
+                                         Best<float> (&best)[COLS]) {
+  constexpr int kChunk = COLS * Win::S;
+  constexpr int kRight = Win::K - Win::S > Win::P ? Win::K - Win::S - Win::P : 0;
+  float span[Win::P + kChunk + kRight] = {};
+#pragma unroll
+  for (int i = 0; i < Win::P + kChunk + kRight; ++i) {
+    bool from_vector = COLS > 1 && i >= Win::P && i < Win::P + kChunk;
+    int at = col + i - Win::P;
+    if (!from_vector) span[i] = inside && at >= 0 && at < width ? to_acc(row[at]) : -INFINITY;
+  }
+  if constexpr (COLS > 1) {
+    Pack<T, kChunk> chunk;
+    bool readable = inside && col < width;
+    if (readable) chunk = load_pack<kChunk>(row + col);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) span[Win::P + i] = readable ? to_acc(chunk.at[i]) : -INFINITY;
+  }
+#pragma unroll
+  for (int j = 0; j < COLS; ++j) {
+    best[j] = {span[j * Win::S], 0};
+#pragma unroll
+    for (int tap = 1; tap < Win::K; ++tap) take<INDEX>(best[j], span[j * Win::S + tap], tap);
+  }
+}
+
+template <typename T, bool INDEX, int COLS>
+__device__ __forceinline__ void store_outputs(const Best<float> (&best)[COLS], T* y, uint8_t* offsets, int columns,
+                                              bool vector) {
+  Pack<T, COLS> values;
+  Pack<uint8_t, COLS> taps;
+#pragma unroll
+  for (int j = 0; j < COLS; ++j) {
+    values.at[j] = from_acc<T>(best[j].value);
+    taps.at[j] = uint8_t(best[j].tap);
+  }
+  if (COLS > 1 && vector) {
+    store_pack(y, values);
+    if constexpr (INDEX) store_pack(offsets, taps);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < COLS; ++j) {
+    if (j >= columns) break;
+    y[j] = values.at[j];
+    if constexpr (INDEX) offsets[j] = taps.at[j];
+  }
+}
+
+// Contiguous planes, unrolled windows. A thread walks down ROWS output rows of COLS columns and keeps the row maxima
+// that the next output row shares. COLS > 1: chunks of COLS * S inputs are one aligned 16-byte load.
+template <typename T, bool INDEX, typename Win, int COLS, int ROWS>
+__global__ void __launch_bounds__(kPoolThreads, 1)
+    max_pool_window_kernel(const T* __restrict__ x, T* __restrict__ y, uint8_t* __restrict__ offsets, Pool p,
+                           uint64_t items, bool vector_out) {
+  uint64_t item = thread_item();
+  if (item >= items) return;
+  int ow = take_digit(item, ceil_div(p.w.out, COLS)) * COLS;
+  int oh = take_digit(item, ceil_div(p.h.out, ROWS)) * ROWS;
+  x += int64_t(item) * p.h.in * p.w.in;
+  int64_t out = (int64_t(item) * p.h.out + oh) * p.w.out + ow;
+  int col = ow * Win::S, ih = oh * Win::S - Win::P;
+  Best<float> rows[Win::K][COLS];
+  constexpr int kShared = Win::K - Win::S;
+#pragma unroll
+  for (int i = 0; i < Win::K; ++i) {
+    if (i < kShared) {
+      pool_row<T, INDEX, Win, COLS>(x + int64_t(ih + i) * p.w.in, ih + i >= 0 && ih + i < p.h.in, col, p.w.in, rows[i]);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r, ih += Win::S, out += p.w.out) {
+    if (oh + r >= p.h.out) return;
+#pragma unroll
+    for (int i = kShared; i < Win::K; ++i) {
+      pool_row<T, INDEX, Win, COLS>(x + int64_t(ih + i) * p.w.in, ih + i >= 0 && ih + i < p.h.in, col, p.w.in, rows[i]);
+    }
+    Best<float> best[COLS];
+#pragma unroll
+    for (int j = 0; j < COLS; ++j) {
+      best[j] = {-INFINITY, max(0, -ih) * Win::K + max(0, Win::P - col - j * Win::S)};
+#pragma unroll
+      for (int i = 0; i < Win::K; ++i) take<INDEX>(best[j], rows[i][j].value, i * Win::K + rows[i][j].tap);
+#pragma unroll
+      for (int i = 0; i < kShared; ++i) rows[i][j] = rows[i + Win::S][j];
+    }
+    store_outputs<T, INDEX, COLS>(best, y + out, INDEX ? offsets + out : nullptr, p.w.out - ow, vector_out);
+  }
+}
+
+// channels_last, any geometry: a thread holds 16 bytes of channels. KW: window width, 0 if known only at run time.
+template <typename T, bool INDEX, int KW>
+__global__ void __launch_bounds__(kPoolThreads, 1)
+    max_pool_channels_kernel(const T* __restrict__ x, T* __restrict__ y, uint8_t* __restrict__ offsets, Pool p,
+                             uint64_t items) {
+  constexpr int N = kVectorBytes / int(sizeof(T));
+  uint64_t item = thread_item();
+  if (item >= items) return;
+  int64_t out = int64_t(item) * N;
+  int c = take_digit(item, p.channels / N) * N;
+  int ow = take_digit(item, p.w.out), oh = take_digit(item, p.h.out);
+  int top = oh * p.h.stride - p.h.padding, left = ow * p.w.stride - p.w.padding;
+  int first_row = first_tap(p.h, oh), first_col = first_tap(p.w, ow);
+  const int kernel = KW > 0 ? KW : p.w.kernel;
+  x += int64_t(item) * p.h.in * p.w.in * p.channels + c;
+  Best<float> best[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) best[i] = {-INFINITY, first_row * kernel + first_col};
+  for (int kh = first_row; kh < p.h.kernel && top + kh * p.h.dilation < p.h.in; ++kh) {
+    const T* row = x + int64_t(top + kh * p.h.dilation) * p.w.in * p.channels;
+#pragma unroll KW > 0 ? KW : 1
+    for (int kw = 0; kw < kernel; ++kw) {
+      int col = left + kw * p.w.dilation;
+      if (col < 0 || col >= p.w.in) continue;
+      Pack<T, N> pack = load_pack<N>(row + int64_t(col) * p.channels);
+#pragma unroll
+      for (int i = 0; i < N; ++i) take<INDEX>(best[i], to_acc(pack.at[i]), kh * kernel + kw);
+    }
+  }
+  store_outputs<T, INDEX, N>(best, y + out, INDEX ? offsets + out : nullptr, N, true);
+}
+
+// ---- launchers
+
+struct Forward {
+  const void* x;
+  void* y;
+  void* indices;  // null: values only
+  bool flat;
+  Pool pool;
+  cudaStream_t stream;
+  const char* op;
+};
+
+template <typename T>
+void launch_any(const Forward& f) {
+  const Pool& p = f.pool;
+  int64_t outputs = p.batch * p.channels * p.h.out * p.w.out;
+  PYDL_LAUNCH(max_pool_any_kernel<T>, pool_grid(f.op, outputs), kPoolThreads, 0, f.stream, static_cast<const T*>(f.x),
+              static_cast<T*>(f.y), f.flat ? nullptr : static_cast<uint8_t*>(f.indices),
+              f.flat ? static_cast<int64_t*>(f.indices) : nullptr, p, uint64_t(outputs));
+}
+
+template <typename T, bool INDEX, typename Win, int COLS>
+void launch_window(const Forward& f) {
+  constexpr int kRows = 4;
+  const Pool& p = f.pool;
+  int64_t items = p.batch * p.channels * ceil_div(p.h.out, kRows) * ceil_div(p.w.out, COLS);
+  bool vector_out = p.w.out % COLS == 0;
+  PYDL_LAUNCH((max_pool_window_kernel<T, INDEX, Win, COLS, kRows>), pool_grid(f.op, items), kPoolThreads, 0, f.stream,
+              static_cast<const T*>(f.x), static_cast<T*>(f.y), static_cast<uint8_t*>(f.indices), p, uint64_t(items),
+              vector_out);
+}
+
+template <typename T, bool INDEX>
+void launch_channels(const Forward& f) {
+  const Pool& p = f.pool;
+  int64_t items = p.batch * p.h.out * p.w.out * (p.channels / (kVectorBytes / int(sizeof(T))));
+  auto launch = [&]<int KW>() {
+    PYDL_LAUNCH((max_pool_channels_kernel<T, INDEX, KW>), pool_grid(f.op, items), kPoolThreads, 0, f.stream,
+                static_cast<const T*>(f.x), static_cast<T*>(f.y), static_cast<uint8_t*>(f.indices), p,
+                uint64_t(items));
+  };
+  if (p.w.kernel == 3) return launch.template operator()<3>();
+  if (p.w.kernel == 2) return launch.template operator()<2>();
+  launch.template operator()<0>();
+}
+
+template <typename T, bool INDEX>
+bool launch_contiguous(const Forward& f) {
+  constexpr int N = kVectorBytes / int(sizeof(T));
+  return with_window(f.pool, [&](auto window) {
+    using Win = decltype(window);
+    bool aligned = f.pool.w.in % N == 0 && is_aligned(f.x, kVectorBytes);
+    aligned ? launch_window<T, INDEX, Win, N / Win::S>(f) : launch_window<T, INDEX, Win, 1>(f);
+  });
+}
+
+template <typename T, bool INDEX>
+void launch_forward(const Forward& f) {
+  if constexpr (sizeof(T) <= 4) {
+    bool packs = f.pool.channels % (kVectorBytes / int(sizeof(T))) == 0 && is_aligned(f.x, kVectorBytes);
+    if (!f.flat && f.pool.channels_last && packs) return launch_channels<T, INDEX>(f);
+    if (!f.flat && !f.pool.channels_last && launch_contiguous<T, INDEX>(f)) return;
+  }
+  launch_any<T>(f);
+}
+
+// ---- host functions
+
+struct Pooled {
+  Output y;
+  std::optional<Output> indices;
+};
+
+PoolShape forward_shape(const char* op, const Tensor& x, const Sizes& kernel, const Sizes& stride, const Sizes& padding,
+                        const Sizes& dilation, bool ceil_mode) {
+  const Array meta(x);
+  STD_TORCH_CHECK(meta.dim == 4, op, ": x must have 4 dimensions, got ", meta.dim);
+  STD_TORCH_CHECK(host::is_floating(meta.dtype), op, ": x must be float32, float64, float16 or bfloat16");
+  PoolShape s{meta.sizes[0], meta.sizes[1], pool_dim(op, meta.sizes[2], 0, kernel, stride, padding, dilation),
+              pool_dim(op, meta.sizes[3], 1, kernel, stride, padding, dilation), like_channels_last(meta)};
+  s.h.out = pooled_size(s.h, ceil_mode);
+  s.w.out = pooled_size(s.w, ceil_mode);
+  STD_TORCH_CHECK(s.h.in > 0 && s.w.in > 0 && s.h.out > 0 && s.w.out > 0, op, ": x of ", s.h.in, " x ", s.w.in,
+                  " is too small for kernel_size ", s.h.kernel, " x ", s.w.kernel);
+  return s;
+}
+
+Pooled pool_forward(const char* op, const Tensor& x_in, const PoolShape& s, bool with_indices, bool flat) {
+  const DeviceGuard guard(x_in);
+  const Tensor x = dense_in(x_in, s.channels_last);
+  const Array meta(x);
+  Pooled out{empty_planes(guard, s, s.h.out, s.w.out, meta.dtype), std::nullopt};
+  if (with_indices) out.indices = empty_planes(guard, s, s.h.out, s.w.out, flat ? Dtype::kInt64 : Dtype::kUInt8);
+  if (s.batch == 0 || s.channels == 0) return out;
+  Forward f{meta.data, out.y.data, with_indices ? out.indices->data : nullptr, flat, make_pool(op, s), guard.stream(), op};
+  PYDL_CUDA_FLOAT_SWITCH(meta.dtype, with_indices ? launch_forward<T, true>(f) : launch_forward<T, false>(f));
+  return out;
+}
+
+Tensor max_pool2d_values(const Tensor& x, const Sizes& kernel_size, const Sizes& stride, const Sizes& padding,
+                         const Sizes& dilation, bool ceil_mode) {
+  const char* const op = "max_pool2d_values";
+  const PoolShape s = forward_shape(op, x, kernel_size, stride, padding, dilation, ceil_mode);
+  return std::move(pool_forward(op, x, s, false, false).y.tensor);
+}
+
+std::tuple<Tensor, Tensor> max_pool2d_with_indices(const Tensor& x, const Sizes& kernel_size, const Sizes& stride,
+                                                   const Sizes& padding, const Sizes& dilation, bool ceil_mode,
+                                                   bool flat) {
+  const char* const op = "max_pool2d_with_indices";
+  const PoolShape s = forward_shape(op, x, kernel_size, stride, padding, dilation, ceil_mode);
+  Pooled out = pool_forward(op, x, s, true, flat || !offsets_fit(s));
+  return {std::move(out.y.tensor), std::move(out.indices->tensor)};
+}
+
+}  // namespace
+
+PYDL_CUDA_LIBRARY_IMPL(m) {
+  m.impl("max_pool2d_values", TORCH_BOX(&max_pool2d_values));
+  m.impl("max_pool2d_with_indices", TORCH_BOX(&max_pool2d_with_indices));
+}
+
+}  // namespace pydl

@@ -1,0 +1,133 @@
+// What the forward and the backward kernels of max pooling share: geometry on the device, host-side shapes and grids.
+#pragma once
+
+#include "common/cuda_host.h"
+#include "common/device_vec.h"
+#include "common/indexing.h"
+#include "cpu/max_pool.h"
+
+namespace pydl {
+namespace {
+
+using cuda_host::DeviceGuard;
+
+constexpr int kPoolThreads = 256;
+constexpr int kVectorBytes = 16;
+
+// One spatial dimension in 32 bits: make_axis() checks that no coordinate leaves them. Output o reads inputs
+// o * stride - padding + tap * dilation.
+struct Axis {
+  int in, out, kernel, stride, padding, dilation;
+};
+
+// A 4-D tensor pair: plane- or channel-minor, `channels_last` says which. Element offsets are 64-bit throughout.
+struct Pool {
+  int64_t batch;
+  int channels;
+  Axis h, w;
+  bool channels_last;
+};
+
+// Coordinates of one output (or input) element and where it lies in a tensor of `rows` x `cols` planes.
+struct Place {
+  int64_t n;
+  int c, row, col;
+};
+
+__device__ inline Place place_of(const Pool& p, uint64_t item, int rows, int cols) {
+  Place at;
+  if (p.channels_last) {
+    at.c = take_digit(item, p.channels);
+    at.col = take_digit(item, cols);
+    at.row = take_digit(item, rows);
+  } else {
+    at.col = take_digit(item, cols);
+    at.row = take_digit(item, rows);
+    at.c = take_digit(item, p.channels);
+  }
+  at.n = int64_t(item);
+  return at;
+}
+
+__device__ inline int64_t offset_of(const Pool& p, int64_t n, int c, int row, int col, int rows, int cols) {
+  return p.channels_last ? ((n * rows + row) * cols + col) * p.channels + c
+                         : ((n * p.channels + c) * rows + row) * cols + col;
+}
+
+// The first tap of output o inside the input.
+__device__ inline int first_tap(const Axis& a, int o) {
+  int start = o * a.stride - a.padding;
+  return start < 0 ? ceil_div(-start, a.dilation) : 0;
+}
+
+// Outputs [first, last] whose windows can cover input i.
+struct Cover {
+  int first, last;
+};
+
+__device__ inline Cover cover_of(const Axis& a, int i) {
+  int reach = i + a.padding - (a.kernel - 1) * a.dilation;
+  return {reach > 0 ? ceil_div(reach, a.stride) : 0, min((i + a.padding) / a.stride, a.out - 1)};
+}
+
+// The tap by which output o reads input i, -1 if it does not.
+__device__ inline int tap_between(const Axis& a, int o, int i) {
+  int distance = i + a.padding - o * a.stride;
+  if (distance < 0 || distance % a.dilation != 0) return -1;
+  int tap = distance / a.dilation;
+  return tap < a.kernel ? tap : -1;
+}
+
+inline Axis make_axis(const char* op, const PoolDim& d) {
+  STD_TORCH_CHECK(d.out < int64_t(1) << 31, op, ": sizes must stay below 2^31 along each axis, got ", d.out);
+  int64_t largest = std::max(d.in, d.out * d.stride) + 2 * d.padding + d.stride + d.dilation * d.kernel;
+  STD_TORCH_CHECK(largest < int64_t(1) << 31, op, ": sizes must stay below 2^31 along each axis, got ", largest);
+  return {int(d.in), int(d.out), int(d.kernel), int(d.stride), int(d.padding), int(d.dilation)};
+}
+
+inline Pool make_pool(const char* op, const PoolShape& s) {
+  STD_TORCH_CHECK(s.channels < int64_t(1) << 31, op, ": channels must be below 2^31, got ", s.channels);
+  return {s.batch, int(s.channels), make_axis(op, s.h), make_axis(op, s.w), s.channels_last};
+}
+
+inline unsigned pool_grid(const char* op, int64_t items) {
+  int64_t blocks = ceil_div(items, int64_t(kPoolThreads));
+  STD_TORCH_CHECK(blocks <= kMaxGridX, op, ": too many elements, ", items);
+  return unsigned(blocks);
+}
+
+// An output of x's device in the layout of `s`.
+inline Output empty_planes(const DeviceGuard& guard, const PoolShape& s, int64_t h, int64_t w, Dtype dtype) {
+  const int64_t c = s.channels, sizes[4] = {s.batch, c, h, w};
+  const int64_t c1 = std::max<int64_t>(c, 1), h1 = std::max<int64_t>(h, 1), w1 = std::max<int64_t>(w, 1);
+  const int64_t last[4] = {h1 * w1 * c1, 1, w1 * c1, c1}, first[4] = {c1 * h1 * w1, h1 * w1, w1, 1};
+  return guard.empty_strided(sizes, s.channels_last ? last : first, 4, dtype);
+}
+
+// Kernels of 3 x 3 and 2 x 2 windows without dilation whose loops are unrolled.
+template <int K_, int S_, int P_>
+struct Window {
+  static constexpr int K = K_;
+  static constexpr int S = S_;
+  static constexpr int P = P_;
+};
+
+inline bool square(const Pool& p, int kernel, int stride, int padding) {
+  auto matches = [&](const Axis& a) {
+    return a.kernel == kernel && a.stride == stride && a.padding == padding && a.dilation == 1;
+  };
+  return matches(p.h) && matches(p.w);
+}
+
+// Calls f(Window<...>{}) for the unrolled window of this geometry; false if there is none.
+template <typename F>
+bool with_window(const Pool& p, F f) {
+  if (square(p, 3, 2, 1)) return f(Window<3, 2, 1>{}), true;
+  if (square(p, 3, 2, 0)) return f(Window<3, 2, 0>{}), true;
+  if (square(p, 2, 2, 0)) return f(Window<2, 2, 0>{}), true;
+  if (square(p, 3, 1, 1)) return f(Window<3, 1, 1>{}), true;
+  return false;
+}
+
+}  // namespace
+}  // namespace pydl
