@@ -163,8 +163,9 @@ def heaviside_step(input: Tensor, threshold: float = 0.0) -> Tensor:
 
 def _step_composition(x: Tensor, threshold: float) -> Tensor:
     above = x >= threshold
-    # filling every element keeps x in the graph with a gradient of exactly zero, also at NaN and inf
-    return x.masked_fill(above, 1.0).masked_fill(~above, 0.0)
+    # x passes the inner choice only where the outer one drops it: it stays in the graph with a gradient of exactly
+    # zero, also at NaN and inf, and in its layout
+    return torch.where(above, 1.0, torch.where(above, x, 0.0))
 
 
 def _apply(
