@@ -2,7 +2,8 @@
 
 err = max |out - oracle| / rms(oracle) over positions where both are finite; other positions must match exactly. A
 result passes when err <= 2 x the error of torch's own op in the same dtype (3 x for gradients) + 4 ulp of the dtype at
-the oracle's scale (times the root of the reduction length for gradients of parameters).
+the oracle's scale (times the root of the reduction length for gradients of parameters). This is the rule of
+pydl._grading, on torch tensors where they are: large cases stay on the GPU, and a tree without pydl can be measured.
 """
 
 from __future__ import annotations
@@ -54,9 +55,7 @@ def bound(torch_error: float, oracle: torch.Tensor, dtype: torch.dtype, gradient
     """The largest error that passes."""
     values = oracle.detach().double()
     values = values[torch.isfinite(values)]
-    scale = values.square().mean().sqrt().item() if values.numel() else 0.0
-    peak = values.abs().max().item() if values.numel() else 0.0
-    floor = 4 * torch.finfo(dtype).eps * (peak / scale if scale else 1.0) * math.sqrt(max(reduced, 1))
+    floor = 4 * torch.finfo(dtype).eps * math.sqrt(max(reduced, 1)) if bool(values.any()) else 0.0
     known = torch_error if math.isfinite(torch_error) else 0.0
     return (3 if gradient else 2) * known + floor
 

@@ -17,6 +17,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from bench import _base, _case, _gate, _harness, _panel, _providers, _report, _schema, _stats, _timing, gpu, run  # noqa: E402
+from pydl import _grading  # noqa: E402
 
 TOY = """
 import torch.nn.functional as F
@@ -201,6 +202,18 @@ def test_bound_follows_the_rule():
     assert _gate.bound(0.1, oracle, torch.bfloat16, gradient=False) == pytest.approx(0.2 + 4 * eps)
     assert _gate.bound(0.1, oracle, torch.bfloat16, gradient=True) == pytest.approx(0.3 + 4 * eps)
     assert _gate.bound(0.0, oracle, torch.bfloat16, gradient=True, reduced=100) == pytest.approx(40 * eps)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_gate_and_verify_share_one_rule(gradient):
+    torch.manual_seed(0)
+    oracle = torch.randn(1000, dtype=torch.float64) * 7
+    oracle[3], oracle[5] = math.nan, -math.inf
+    theirs, ours = (oracle.bfloat16() * (1 + 0.01 * torch.rand(1000)).bfloat16() for _ in range(2))
+    grade = _grading.grade(ours, oracle, theirs, gradient=gradient, reduction=9)
+    assert _gate.error(ours, oracle) == pytest.approx(grade.err)
+    bound = _gate.bound(_gate.error(theirs, oracle), oracle, torch.bfloat16, gradient, 9)
+    assert bound == pytest.approx(grade.bound)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
