@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent / "_lib"
-BUILD_HINT = "pip install --no-build-isolation pydl-kernels, or `python setup.py build_ext --inplace` in a checkout"
+BUILD_HINT = "`python setup.py build_ext --inplace` in a checkout, or `pip install --no-build-isolation .` from one"
 
 
 @dataclass(frozen=True, slots=True)
