@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _simt import COMPILER, ROOT, UNDER_ASAN, sanitizer_environment
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     ROOT / "csrc/simt/fiber.cpp",
     ROOT / "csrc/simt/runner.cpp",
@@ -23,9 +23,6 @@ SOURCES = [
 FLAGS = ["-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS += ["-DPYDL_SIMT", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/simt/include'}"]
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fsanitize-recover=address,undefined"]
-COMPILER = os.environ.get("CXX", "g++")
-# The tests below that check values run a second time in a process of their own under ASan and UBSan.
-UNDER_ASAN = os.environ.get("PYDL_TEST_SIMT_ASAN") == "1"
 SEEDS = range(8)
 
 if shutil.which(COMPILER) is None:
@@ -315,18 +312,6 @@ class TestFaults:
             units("oversized", buffer(1, torch.float32), 1, 227 * 1024 + 1)
 
 
-def sanitizer_environment(halt):
-    """LD_PRELOAD of libasan and libstdc++: without the second, exceptions thrown by torch crash the process."""
-    found = [
-        subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    if not all(os.path.isabs(path) for path in found):
-        pytest.skip("this compiler has no libasan")
-    options = f"detect_leaks=0:halt_on_error={int(halt)}:print_stacktrace=1:suppress_equal_pcs=0"
-    return dict(os.environ, LD_PRELOAD=" ".join(found), ASAN_OPTIONS=options, UBSAN_OPTIONS=options)
-
-
 # name: (entry point and arguments with `extra` elements too many, the report that extra = 1 must give)
 FAULTS = {
     "shared": ("shared_overflow(error, pointer(y), extra)", "heap-buffer-overflow"),
@@ -372,6 +357,7 @@ class TestSanitizers:
         assert "faulty_kernels.cu" in reports[name + "1"]
 
     def test_values_hold_under_the_sanitizers(self):
+        build(sanitize=True)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "values"]
         environment = dict(sanitizer_environment(halt=True), PYDL_TEST_SIMT_ASAN="1")
         result = subprocess.run(

@@ -269,13 +269,14 @@ PoolShape forward_shape(const char* op, const Tensor& x, const Sizes& kernel, co
 }
 
 Pooled pool_forward(const char* op, const Tensor& x_in, const PoolShape& s, bool with_indices, bool flat) {
+  const Pool pool = make_pool(op, s);
   const DeviceGuard guard(x_in);
   const Tensor x = dense_in(x_in, s.channels_last);
   const Array meta(x);
   Pooled out{empty_planes(guard, s, s.h.out, s.w.out, meta.dtype), std::nullopt};
   if (with_indices) out.indices = empty_planes(guard, s, s.h.out, s.w.out, flat ? Dtype::kInt64 : Dtype::kUInt8);
   if (s.batch == 0 || s.channels == 0) return out;
-  Forward f{meta.data, out.y.data, with_indices ? out.indices->data : nullptr, flat, make_pool(op, s), guard.stream(), op};
+  Forward f{meta.data, out.y.data, with_indices ? out.indices->data : nullptr, flat, pool, guard.stream(), op};
   PYDL_CUDA_FLOAT_SWITCH(meta.dtype, with_indices ? launch_forward<T, true>(f) : launch_forward<T, false>(f));
   return out;
 }

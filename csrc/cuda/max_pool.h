@@ -87,7 +87,10 @@ inline Axis make_axis(const char* op, const PoolDim& d) {
 
 inline Pool make_pool(const char* op, const PoolShape& s) {
   STD_TORCH_CHECK(s.channels < int64_t(1) << 31, op, ": channels must be below 2^31, got ", s.channels);
-  return {s.batch, int(s.channels), make_axis(op, s.h), make_axis(op, s.w), s.channels_last};
+  const Pool pool{s.batch, int(s.channels), make_axis(op, s.h), make_axis(op, s.w), s.channels_last};
+  STD_TORCH_CHECK(s.h.kernel * s.w.kernel < int64_t(1) << 31, op, ": a window must have fewer than 2^31 taps, got ",
+                  s.h.kernel, " x ", s.w.kernel);
+  return pool;
 }
 
 inline unsigned pool_grid(const char* op, int64_t items) {

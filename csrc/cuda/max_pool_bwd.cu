@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
   store_pack(dx + in, values);
 }
 
-// y = x at the chosen positions, 0 where an index points outside the input.
+// y = x at the chosen positions, 0 where an index points outside the input or, as an offset, outside the window.
 template <typename T>
 __global__ void __launch_bounds__(kPoolThreads, 1)
     max_pool_gather_kernel(const T* __restrict__ x, const uint8_t* __restrict__ offsets,
@@ -152,8 +152,9 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
     col = flat[item] - row * p.w.in;
   } else {
     int tap = offsets[item];
+    if (tap >= p.h.kernel * p.w.kernel) tap = -1;
     row = at.row * p.h.stride - p.h.padding + int64_t(tap / p.w.kernel) * p.h.dilation;
-    col = at.col * p.w.stride - p.w.padding + int64_t(tap % p.w.kernel) * p.w.dilation;
+    col = tap < 0 ? -1 : at.col * p.w.stride - p.w.padding + int64_t(tap % p.w.kernel) * p.w.dilation;
   }
   bool inside = row >= 0 && row < p.h.in && col >= 0 && col < p.w.in;
   y[item] = inside ? x[offset_of(p, at.n, at.c, int(row), int(col), p.h.in, p.w.in)] : from_acc<T>(acc_t<T>(0));
@@ -239,6 +240,7 @@ Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t hei
                       const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
   const char* const op = "max_pool2d_bwd";
   const PoolShape s = index_shape(op, Array(indices_in), height, width, kernel_size, stride, padding, dilation);
+  const Pool pool = make_pool(op, s);
   const DeviceGuard guard(dy_in);
   guard.check_same(op, "indices", indices_in);
   const Tensor dy = dense_in(dy_in, s.channels_last), indices = dense_in(indices_in, s.channels_last);
@@ -249,7 +251,7 @@ Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t hei
   Output dx = empty_planes(guard, s, height, width, grad.dtype);
   if (s.batch == 0 || s.channels == 0) return std::move(dx.tensor);
   bool flat = index.dtype == Dtype::kInt64;
-  Backward b{grad.data, index.data, dx.data, flat, make_pool(op, s), guard.stream(), op};
+  Backward b{grad.data, index.data, dx.data, flat, pool, guard.stream(), op};
   PYDL_CUDA_FLOAT_SWITCH(grad.dtype, launch_backward<T>(b));
   return std::move(dx.tensor);
 }
@@ -264,6 +266,7 @@ Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Siz
       index_shape(op, Array(indices_in), meta.sizes[2], meta.sizes[3], kernel_size, stride, padding, dilation);
   STD_TORCH_CHECK(meta.sizes[0] == s.batch && meta.sizes[1] == s.channels, op, ": indices must have ", meta.sizes[0],
                   " x ", meta.sizes[1], " planes as x, got ", s.batch, " x ", s.channels);
+  const Pool pool = make_pool(op, s);
   const DeviceGuard guard(x_in);
   guard.check_same(op, "indices", indices_in);
   const Tensor x = dense_in(x_in, s.channels_last), indices = dense_in(indices_in, s.channels_last);
@@ -271,7 +274,7 @@ Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Siz
   Output y = empty_planes(guard, s, s.h.out, s.w.out, input.dtype);
   if (s.batch * s.channels * s.h.out * s.w.out == 0) return std::move(y.tensor);
   bool flat = index.dtype == Dtype::kInt64;
-  Backward b{input.data, index.data, y.data, flat, make_pool(op, s), guard.stream(), op};
+  Backward b{input.data, index.data, y.data, flat, pool, guard.stream(), op};
   PYDL_CUDA_FLOAT_SWITCH(input.dtype, launch_gather<T>(b));
   return std::move(y.tensor);
 }
