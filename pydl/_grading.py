@@ -12,6 +12,7 @@ import torch
 VALUE_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 FLOOR_ULPS = 4.0
+BIAS_ULPS, BIAS_VALUES = 0.25, 256  # a mean of 256 roundings to nearest stays below 0.1, cutting digits off gives 0.5
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,22 @@ def _error(out: np.ndarray, oracle: np.ndarray, scale: float) -> float:
     return float(np.abs(out[both] - oracle[both]).max() / (scale or 1.0)) if both.any() else 0.0
 
 
+def rounding_bias(out: np.ndarray, oracle: np.ndarray, dtype: torch.dtype) -> float:
+    """Mean of |out| - |oracle| in units of the last place, each at most 1: near 0 for rounding, -0.5 for truncation.
+
+    Only for dtypes narrower than float32, whose arithmetic error is the final rounding; 0 for fewer than 256 values.
+    """
+    info = torch.finfo(dtype)
+    if info.bits >= 32:
+        return 0.0
+    usable = np.isfinite(out) & np.isfinite(oracle) & (np.abs(oracle) >= info.tiny)
+    if np.count_nonzero(usable) < BIAS_VALUES:
+        return 0.0
+    size = np.abs(oracle[usable])
+    unit = info.eps * 2.0 ** np.floor(np.log2(size))
+    return float(np.mean(np.clip((np.abs(out[usable]) - size) / unit, -1.0, 1.0)))
+
+
 def grade(
     out: Any,
     oracle: Any,
@@ -81,7 +98,8 @@ def grade(
     err = max |out - oracle| / rms(oracle) over positions where both are finite must not exceed 2 times torch's own
     error (3 times for gradients) plus a floor of 4 units in the last place. Non-finite positions must match, shapes
     must match. Where rms(oracle) is 0 errors are absolute and there is no floor: the result must be exact if
-    torch's is. Integer results must be equal.
+    torch's is. Integer results must be equal. Half-precision results must not lean to one side, as they do where digits
+    were cut off instead of rounded: an error of that kind is within the bound, but adds up over layers.
 
     Args:
         out: the result to grade, tensor or array.
@@ -114,4 +132,10 @@ def grade(
         return Grade(
             False, err, bound, torch_err, f"{wrong} of {exact.size} values are wrongly NaN or inf, or wrongly not"
         )
-    return Grade(err <= bound, err, bound, torch_err, "" if err <= bound else "too far from the oracle")
+    if err > bound:
+        return Grade(False, err, bound, torch_err, "too far from the oracle")
+    bias = rounding_bias(got, exact, dtype)
+    torch_bias = 0.0 if torch_out is None else rounding_bias(to_numpy(torch_out), exact, dtype)
+    if abs(bias) > BIAS_ULPS + 2.0 * abs(torch_bias):
+        return Grade(False, err, bound, torch_err, f"rounded to one side, by {bias:+.2f} ulp on average")
+    return Grade(True, err, bound, torch_err)

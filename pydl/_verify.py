@@ -21,6 +21,7 @@ from pydl.reference import Spec, specs
 
 CHECKS = ("values", "gradients", "second", "re-run", "inputs")
 SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
+BACKENDS = ("cpu", "cuda", "triton", "torch", "simt")
 RERUNS = 3
 
 
@@ -338,6 +339,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(f"verify: {error}") from None
     wanted = options.backend.split(",") if options.backend else None
+    unknown = set(wanted or ()) - set(BACKENDS)
+    if unknown:
+        raise SystemExit(f"verify: backend must be one of {', '.join(BACKENDS)}, but got {', '.join(sorted(unknown))}")
     started, records, failed = time.perf_counter(), [], []
     skipped: dict[str, list[str]] = {}
     print(
