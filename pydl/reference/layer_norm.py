@@ -77,13 +77,13 @@ def layer_norm_grad(
     return dx, (dy * x_hat).sum(axis=rows), dy.sum(axis=rows)
 
 
-def _gradient(dy, x, normalized_shape, weight=None, bias=None, eps=1e-5):  # type: ignore[no-untyped-def]
+def _gradient(dy, x, normalized_shape, weight=None, bias=None, eps=1e-5):
     dx, dweight, dbias = layer_norm_grad(dy, x, normalized_shape, weight, bias, eps)
     present = [True, weight is not None, bias is not None]
     return tuple(g for g, wanted in zip((dx, dweight, dbias), present, strict=True) if wanted)
 
 
-def _reductions(x, normalized_shape, weight=None, bias=None, eps=1e-5):  # type: ignore[no-untyped-def]
+def _reductions(x, normalized_shape, weight=None, bias=None, eps=1e-5):
     rows = int(np.prod(x.shape[: x.ndim - len(normalized_shape)]))
     return (1, max(rows, 1), max(rows, 1))
 

@@ -76,17 +76,17 @@ def max_pool2d_grad(dy: np.ndarray, indices: np.ndarray, height: int, width: int
     return dx.reshape(*dy.shape[:-2], height, width)
 
 
-def _forward(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):  # type: ignore[no-untyped-def]
+def _forward(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     y, indices = max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
     return (y, indices) if return_indices else y
 
 
-def _gradient(dy, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):  # type: ignore[no-untyped-def]
+def _gradient(dy, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     _, indices = max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
     return (max_pool2d_grad(dy, indices, *x.shape[-2:]),)
 
 
-def _reductions(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):  # type: ignore[no-untyped-def]
+def _reductions(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     kh, kw = _pair(kernel_size)
     sh, sw = (kh, kw) if stride is None else _pair(stride)
     return (max(1, -(-kh // sh)) * max(1, -(-kw // sw)),)
