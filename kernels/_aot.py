@@ -12,9 +12,9 @@ class Case(NamedTuple):
     """One specialisation of one kernel, as a launch would request it.
 
     ``types`` maps every argument that is no constexpr to a Triton type ("*bf16", "i32", "fp32") and ``constexprs`` the
-    others to their values, ``None`` for a missing tensor; names that the kernel lacks are left out. Pointers and integers
-    are compiled as multiples of 16, as Triton does when the launch's values are. ``quick`` cases are compiled for every
-    architecture on each test run, the others only for one of them.
+    others to their values, ``None`` for a missing tensor; names that the kernel lacks are left out. Pointers and
+    integers are compiled as multiples of 16, as Triton does when the launch's values are. ``quick`` cases are compiled
+    for every architecture on each test run, the others only for one of them.
     """
 
     kernel: Any

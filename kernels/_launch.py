@@ -27,7 +27,7 @@ class Device(NamedTuple):
 INTERPRETED = Device(arch=90, sm_count=4)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     arch = 0 if torch.version.hip else 10 * properties.major + properties.minor

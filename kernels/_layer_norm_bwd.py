@@ -94,7 +94,7 @@ def _layer_norm_bwd_dx_kernel(
     xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
     g_mean = tl.sum(g, axis=1) / N
     gx_mean = tl.sum(g * xhat, axis=1) / N
-    dx = (g - g_mean[:, None] - xhat * gx_mean[:, None]) * rstd[:, None]
+    dx = (g - (g_mean[:, None] + xhat * gx_mean[:, None])) * rstd[:, None]
     tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -132,7 +132,7 @@ def _layer_norm_bwd_dx_looped_kernel(
         g_sum += g
         gx_sum += g * tl.where(mask, (x - mean) * rstd, 0.0)
     g_mean = tl.sum(g_sum, axis=0) / N
-    gx_mean = tl.sum(gx_sum, axis=0) / N
+    slope = tl.sum(gx_sum, axis=0) / N * rstd
     for i in range(0, tl.cdiv(N, BLOCK_N)):
         cols = i * BLOCK_N + offs
         mask = cols < N
@@ -140,7 +140,7 @@ def _layer_norm_bwd_dx_looped_kernel(
         x = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if HAS_WEIGHT:
             g *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        dx = (g - g_mean - (x - mean) * rstd * gx_mean) * rstd
+        dx = (g - (g_mean + (x - mean) * slope)) * rstd
         tl.store(dx_ptr + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -185,7 +185,7 @@ def _layer_norm_bwd_dwdb_kernel(
 def _layer_norm_bwd_reduce_kernel(
     partial_ptr, first_ptr, second_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Add P partial rows in a fixed order; axis 1 of the grid picks the sum: first_ptr's partials, then second_ptr's."""
+    """Add P partial rows in a fixed order; axis 1 of the grid picks first_ptr's partials, or those that follow."""
     pid_n = tl.program_id(0).to(tl.int64)
     which = tl.program_id(1).to(tl.int64)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)

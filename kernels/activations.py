@@ -184,16 +184,17 @@ def activation_bwd(dy: Tensor, saved: Tensor, kind: str, alpha: float) -> Tensor
 
 
 def aot_cases(arch: int) -> Iterator[Case]:
-    """Every kind and dtype in the large tile; the small tile for one kind, 64-bit sizes for another."""
+    """Every kind and dtype in the large tile; the small tile, 64-bit sizes and a single element for one kind each."""
     device = Device(arch, 132)
     for dtype, itemsize in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
         for kind in KINDS:
             sizes = [(2**28, "")] + [(2**12, " small")] * (kind == "gelu") + [(2**32, " 64-bit")] * (kind == "tanh")
+            sizes += [(1, " n = 1")] * (kind == "relu")
             for n, suffix in sizes:
                 types = {name: f"*{dtype}" for name in ("x_ptr", "y_ptr", "dy_ptr", "saved_ptr", "dx_ptr")}
                 types |= {"n": "i64" if n >= 2**31 else "i32", "alpha": "fp32"}
                 block, num_warps = config(n, itemsize, device)
-                tile = {"KIND": kind, "BLOCK": block}
+                tile = {"KIND": kind, "BLOCK": block} | ({"n": 1} if n == 1 else {})
                 quick = dtype == "bf16" and kind == "gelu" and not suffix
                 for kernel in (_activation_fwd_kernel, _activation_bwd_kernel):
                     yield Case(kernel, f"{kind} {dtype}{suffix}", types, tile, num_warps, quick)

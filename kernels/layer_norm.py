@@ -28,8 +28,6 @@ from ._layer_norm_fwd import _layer_norm_fwd_kernel, _layer_norm_fwd_looped_kern
 MAX_TILE_BYTES_FWD = 65536
 MAX_TILE_BWD = 8192
 LOOPED_BLOCK_N = 4096
-REDUCE_BLOCK_P, REDUCE_BLOCK_N = 128, 32
-DWDB_BLOCK_M, DWDB_BLOCK_N = 16, 128
 
 
 class Config(NamedTuple):
@@ -72,10 +70,21 @@ def num_partials(M: int, config: Config, device: Device) -> int:
     return min(triton.cdiv(M, config.block_m), per_sm * device.sm_count)
 
 
+def dwdb_config(N: int) -> Config:
+    """Tile of the dweight and dbias kernel: long pieces of few wide rows, short ones of many narrow rows."""
+    return Config(4, 512, 4) if N >= 8192 else Config(16, 128, 4)
+
+
+def reduce_config(N: int) -> Config:
+    """Tile of the sum over partial rows: narrow where there are few columns, so that all multiprocessors take part."""
+    return Config(16, 256, 4) if N >= 16384 else Config(128, 32, 4)
+
+
 def num_row_splits(M: int, N: int, device: Device) -> int:
     """Programs that share a block of columns in the dweight and dbias kernel."""
-    wanted = triton.cdiv(4 * device.sm_count, triton.cdiv(N, DWDB_BLOCK_N))
-    return max(min(wanted, triton.cdiv(M, DWDB_BLOCK_M)), 1)
+    config = dwdb_config(N)
+    wanted = triton.cdiv(4 * device.sm_count, triton.cdiv(N, config.block_n))
+    return min(wanted, triton.cdiv(M, config.block_m))
 
 
 def _check_sizes(op: str, x: Tensor, M: int, N: int, like_x: Sequence[Tensor], per_row: Sequence[Tensor]) -> None:
@@ -201,15 +210,17 @@ def layer_norm_bwd(
             if want_dx:
                 _launch_dx(dy, x, mean, rstd, weight, dx, M, N, stride_dym, stride_xm, config)
             if sums:
+                config = dwdb_config(N)
                 partial = x.new_empty((2, num_row_splits(M, N, device), N), dtype=torch.float32)
-                _layer_norm_bwd_dwdb_kernel[(triton.cdiv(N, DWDB_BLOCK_N), partial.shape[1])](
-                    dy, x, mean, rstd, partial, M, N, stride_dym, stride_xm, BLOCK_M=DWDB_BLOCK_M,
-                    BLOCK_N=DWDB_BLOCK_N, num_warps=4, num_stages=1, enable_fp_fusion=True,
+                _layer_norm_bwd_dwdb_kernel[(triton.cdiv(N, config.block_n), partial.shape[1])](
+                    dy, x, mean, rstd, partial, M, N, stride_dym, stride_xm, BLOCK_M=config.block_m,
+                    BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
                 )  # fmt: skip
         if sums:
-            _layer_norm_bwd_reduce_kernel[(triton.cdiv(N, REDUCE_BLOCK_N), len(sums))](
-                partial[sums[0][0]], sums[0][1], sums[-1][1], partial.shape[1], N, BLOCK_P=REDUCE_BLOCK_P,
-                BLOCK_N=REDUCE_BLOCK_N, num_warps=4, num_stages=1, enable_fp_fusion=True,
+            config = reduce_config(N)
+            _layer_norm_bwd_reduce_kernel[(triton.cdiv(N, config.block_n), len(sums))](
+                partial[sums[0][0]], sums[0][1], sums[-1][1], partial.shape[1], N, BLOCK_P=config.block_m,
+                BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
     return dx, dweight, dbias
 
@@ -236,46 +247,52 @@ AOT_WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 6
 
 
 def aot_cases(arch: int) -> Iterator[Case]:
-    """Every tile for fp32 and bf16 with weight and bias; fp16, mixed dtypes and missing parameters at a few widths."""
+    """Every tile for fp32 and bf16 with weight and bias; fp16, mixed dtypes and missing parameters at a few widths.
+
+    Triton compiles a size of 1 into the kernel: those are the cases of one row and of one column.
+    """
     for N in AOT_WIDTHS:
         for dtype in ("fp32", "bf16"):
-            yield from _aot_width(N, dtype, dtype, True, arch, quick=dtype == "bf16" and N in (4096, 65536))
+            yield from _aot_width(N, dtype, dtype, arch, quick=dtype == "bf16" and N in (4096, 65536))
     for N in (4096, 32768):
-        yield from _aot_width(N, "fp16", "fp16", True, arch)
-        yield from _aot_width(N, "bf16", "fp32", True, arch)
-        yield from _aot_width(N, "bf16", "bf16", False, arch)
-    for dtype, quick in (("fp32", False), ("bf16", True)):
-        partial = {"partial_ptr": "*fp32", "P": "i32", "M": "i32", "N": "i32"}
-        rows = {"dy_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-        strides = {"stride_dym": "i32", "stride_xm": "i32"}
-        tile = {"BLOCK_M": DWDB_BLOCK_M, "BLOCK_N": DWDB_BLOCK_N}
-        yield Case(_layer_norm_bwd_dwdb_kernel, dtype, rows | partial | strides, tile, 4, quick)
-        out = {"first_ptr": f"*{dtype}", "second_ptr": f"*{dtype}"}
-        tile = {"BLOCK_P": REDUCE_BLOCK_P, "BLOCK_N": REDUCE_BLOCK_N}
-        yield Case(_layer_norm_bwd_reduce_kernel, dtype, partial | out, tile, 4, quick)
+        yield from _aot_width(N, "fp16", "fp16", arch)
+        yield from _aot_width(N, "bf16", "fp32", arch)
+        yield from _aot_width(N, "bf16", None, arch)
+    yield from _aot_width(4096, "bf16", "bf16", arch, {"M": 1, "P": 1})
+    yield from _aot_width(1, "bf16", "bf16", arch, {"N": 1, "stride_xm": 1, "stride_dym": 1})
 
 
-def _aot_width(N: int, dtype: str, parameter: str, affine: bool, arch: int, quick: bool = False) -> Iterator[Case]:
-    itemsize = 4 if "fp32" in (dtype, parameter) else 2
-    names = ("x_ptr", "dy_ptr", "y_ptr", "dx_ptr")
-    types = {name: f"*{dtype}" for name in names} | {name: "*fp32" for name in ("mean_ptr", "rstd_ptr", "partial_ptr")}
-    types |= {"M": "i32", "N": "i32", "stride_xm": "i32", "stride_dym": "i32", "eps": "fp32"}
-    flags: dict[str, object] = {"HAS_WEIGHT": affine, "HAS_BIAS": affine}
-    if affine:
-        types |= {"weight_ptr": f"*{parameter}", "bias_ptr": f"*{parameter}"}
+def _aot_width(
+    N: int, dtype: str, parameter: str | None, arch: int, ones: dict[str, int] | None = None, quick: bool = False
+) -> Iterator[Case]:
+    rows = dict.fromkeys(("x_ptr", "dy_ptr", "y_ptr", "dx_ptr"), f"*{dtype}")
+    sums = dict.fromkeys(("first_ptr", "second_ptr"), f"*{parameter or dtype}")
+    statistics = dict.fromkeys(("mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32")
+    types = (
+        rows | sums | statistics | dict.fromkeys(("M", "N", "P", "stride_xm", "stride_dym"), "i32") | {"eps": "fp32"}
+    )
+    flags: dict[str, object] = {"HAS_WEIGHT": parameter is not None, "HAS_BIAS": parameter is not None, **(ones or {})}
+    if parameter is not None:
+        types |= dict.fromkeys(("weight_ptr", "bias_ptr"), f"*{parameter}")
     else:
         flags |= {"weight_ptr": None, "bias_ptr": None}
-    label = f"N={N} x {dtype} " + (f"weight {parameter}" if affine else "no weight")
-    device = Device(arch, 132)
-    for config in dict.fromkeys(fwd_config(M, N, itemsize, device) for M in (2**20, 1)):
-        kernel = _layer_norm_fwd_looped_kernel if config.looped else _layer_norm_fwd_kernel
-        yield _tile_case(kernel, label, types, flags, config, quick)
+    label = f"N={N} x {dtype} " + (f"weight {parameter}" if parameter else "no weight")
+    label += f" {', '.join(ones)} = 1" if ones else ""
+
+    def case(kernel, config: Config) -> Case:
+        tile = {"BLOCK_M": config.block_m, "BLOCK_P": config.block_m, "BLOCK_N": config.block_n}
+        name = f"{label} tile {config.block_m}x{config.block_n}"
+        return Case(kernel, name, types, flags | tile, config.num_warps, quick)
+
+    itemsize = 4 if "fp32" in (dtype, parameter) else 2
+    for config in dict.fromkeys(fwd_config(M, N, itemsize, Device(arch, 132)) for M in (2**20, 1)):
+        yield case(_layer_norm_fwd_looped_kernel if config.looped else _layer_norm_fwd_kernel, config)
     config = bwd_config(N)
-    looped = (_layer_norm_bwd_dx_looped_kernel,)
-    for kernel in looped if config.looped else (_layer_norm_bwd_kernel, _layer_norm_bwd_dx_kernel):
-        yield _tile_case(kernel, label, types, flags, config, quick)
-
-
-def _tile_case(kernel, label: str, types: dict, flags: dict, config: Config, quick: bool) -> Case:
-    tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    return Case(kernel, f"{label} tile {config.block_m}x{config.block_n}", types, flags | tile, config.num_warps, quick)
+    if config.looped:
+        yield case(_layer_norm_bwd_dx_looped_kernel, config)
+    else:
+        yield case(_layer_norm_bwd_kernel, config)
+        yield case(_layer_norm_bwd_dx_kernel, config)
+    if N in (1, 4096, 65536):
+        yield case(_layer_norm_bwd_dwdb_kernel, dwdb_config(N))
+        yield case(_layer_norm_bwd_reduce_kernel, reduce_config(N))

@@ -7,6 +7,7 @@ No GPU is needed. Spills are not allowed on sm_80 and sm_90; elsewhere they may 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import multiprocessing
@@ -157,11 +158,10 @@ def _format(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
 
 def _native_rows() -> list[dict[str, Any]]:
     """What ptxas reported when the CUDA C++ kernels were built; nothing without the extension."""
-    if importlib.util.find_spec("pydl._C") is None:
+    try:
+        return importlib.import_module("pydl._C").kernel_resources()
+    except (ImportError, AttributeError):
         return []
-    from pydl import _C  # type: ignore[attr-defined]
-
-    return _C.kernel_resources()
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -69,7 +69,7 @@ def modules() -> list[str]:
     return sorted({p.stem for folder in folders for p in folder.glob("*.py") if not p.stem.startswith("_")})
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cases(module: str, arch: str) -> list[Any]:
     part = PARTS[arch]
     number = part.target if isinstance(part.target, int) else 0

@@ -1,8 +1,8 @@
 """What makes Triton's interpreter a fair stand-in for a GPU: exact bfloat16, and guarded memory.
 
-The interpreter keeps bfloat16 as uint16 bit patterns and, up to Triton 3.9, computes on the patterns: products, dots and
-comparisons are wrong and fp32 is truncated instead of rounded. :func:`repair` widens to fp32 and rounds to nearest even.
-It does not see an access outside a tensor either: :class:`Canaries` puts tensors between NaN guards.
+The interpreter keeps bfloat16 as uint16 bit patterns and, up to Triton 3.9, computes on the patterns: products, dots
+and comparisons are wrong, and fp32 is truncated instead of rounded. :func:`repair` widens to fp32 and rounds to nearest
+even. It does not see an access outside a tensor either: :class:`Canaries` puts tensors between NaN guards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def _repairs() -> dict[tuple[Any, str], Callable]:
     from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
     def is_bf16(x: Any) -> bool:
-        return x.dtype.scalar == tl.bfloat16
+        # Triton labels a comparison's boolean data with its operands' dtype
+        return x.dtype.scalar == tl.bfloat16 and x.data.dtype != np.bool_
 
     def widen(x: Any) -> Any:
         if not is_bf16(x):
@@ -40,9 +41,9 @@ def _repairs() -> dict[tuple[Any, str], Callable]:
         return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def narrow(x: Any) -> Any:
-        # a comparison's result is bool data under its operands' dtype
-        data = x.data if x.data.dtype == np.bool_ else _round_to_bf16(x.data)
-        return TensorHandle(data, tl.bfloat16)
+        if x.data.dtype == np.bool_:
+            return TensorHandle(x.data, tl.int1)
+        return TensorHandle(_round_to_bf16(x.data), tl.bfloat16)
 
     def elementwise(original: Callable, operands: int) -> Callable:
         def method(self: Any, *args: Any) -> Any:
@@ -132,6 +133,12 @@ class Canaries(TorchDispatchMode):
     """
 
     GUARD = 2048
+    _NAN = {
+        torch.float16: (torch.int16, 0x7E00),
+        torch.bfloat16: (torch.int16, 0x7FC0),
+        torch.float32: (torch.int32, 0x7FC0_0000),
+        torch.float64: (torch.int64, 0x7FF8 << 48),
+    }
     _ALLOCATIONS = (
         torch.ops.aten.empty.memory_format,
         torch.ops.aten.empty_strided.default,
@@ -149,25 +156,20 @@ class Canaries(TorchDispatchMode):
         with torch.utils._python_dispatch._disable_current_modes():
             copy = self._guard(x)
             if x.numel():
-                copy.copy_(x) if 0 not in x.stride() else self._copy_expanded(copy, x)
-                buffer, _, _ = self._guarded[-1]
-                self._guarded[-1] = (buffer, buffer.clone(), self._guarded[-1][2])
+                # an expanded dimension is one element in memory
+                once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())
+                copy[once].copy_(x[once])
         return copy
-
-    @staticmethod
-    def _copy_expanded(copy: Tensor, x: Tensor) -> None:
-        index = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())
-        copy[index].copy_(x[index])
 
     def _guard(self, like: Tensor) -> Tensor:
         if like.numel() == 0:
             return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype)
         span = sum((size - 1) * stride for size, stride in zip(like.size(), like.stride())) + 1
         buffer = torch.empty(span + 2 * self.GUARD, dtype=like.dtype)
-        if like.dtype.is_floating_point:
-            buffer.fill_(torch.nan)
-        else:
-            buffer.view(torch.uint8).fill_(0xA5)
+        # guards of two tensors differ, so that a lane that escapes in both is seen to have copied one to the other
+        integers, nan = self._NAN.get(like.dtype, (like.dtype, 0))
+        payload = torch.arange(buffer.numel()).add_(17 * len(self._guarded)).remainder_(63).add_(1)
+        buffer.view(torch.uint8 if integers is torch.bool else integers).copy_(payload + nan)
         outside = torch.ones(buffer.numel(), dtype=torch.bool)
         layout = (like.size(), like.stride(), self.GUARD)
         outside.as_strided(*layout).fill_(False)
