@@ -42,7 +42,7 @@ def max_pool2d(
             tensors go to torch.
         kernel_size: window height and width in pixels, one int or two.
         stride: step between windows, default the kernel size.
-        padding: border of -inf on each side, at most half of the (dilated) window.
+        padding: border of -inf on each side, at most half of kernel_size.
         dilation: step between the taps of a window.
         ceil_mode: also keep a last window that overhangs the input, if it starts inside input or left padding.
         return_indices: also return each maximum's flat position h * W + w in its plane, int64.
@@ -117,10 +117,9 @@ def _check(
         if k[axis] <= 0 or s[axis] <= 0 or d[axis] <= 0:
             name, value = next((n, v) for n, v in (("kernel_size", k), ("stride", s), ("dilation", d)) if v[axis] <= 0)
             raise RuntimeError(f"max_pool2d: argument {name!r} must be greater than zero, got {value}")
-        if p[axis] < 0 or 2 * p[axis] > d[axis] * (k[axis] - 1) + 1:
+        if p[axis] < 0 or 2 * p[axis] > k[axis]:
             raise RuntimeError(
-                "max_pool2d: argument 'padding' must be non-negative and at most half of the effective kernel size "
-                f"{d[axis] * (k[axis] - 1) + 1}, got {p}"
+                f"max_pool2d: argument 'padding' must be non-negative and at most half of kernel_size={k}, got {p}"
             )
         if output_size(shape[axis - 2], k[axis], s[axis], p[axis], d[axis], ceil_mode) < 1:
             raise RuntimeError(
