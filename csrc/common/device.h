@@ -65,19 +65,6 @@ __host__ __device__ inline __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// The larger value; NaN if one is. For fp32 one instruction from sm_80 on.
-#ifdef PYDL_SIMT
-__device__ inline float max_nan(float a, float b) {
-  return a > b || a != a ? a : b;
-}
-#else
-__device__ inline float max_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-#endif
-
 template <typename T>
 __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;

@@ -14,22 +14,12 @@ struct Best {
 };
 
 // The rule of torch: a larger value or a NaN takes over, so of equal maxima the first and of several NaN the last wins.
-template <bool INDEX>
-__device__ __forceinline__ void take(Best<float>& best, float value, int tap) {
-  if constexpr (INDEX) {
-    bool wins = value > best.value || value != value;
-    best.value = wins ? value : best.value;
-    best.tap = wins ? tap : best.tap;
-  } else {
-    best.value = max_nan(best.value, value);
-  }
-}
-
-template <bool INDEX>
-__device__ __forceinline__ void take(Best<double>& best, double value, int tap) {
+// (max.NaN would be one instruction, but makes of -0 and 0 the second.)
+template <bool INDEX, typename C>
+__device__ __forceinline__ void take(Best<C>& best, C value, int tap) {
   bool wins = value > best.value || value != value;
   best.value = wins ? value : best.value;
-  best.tap = wins ? tap : best.tap;
+  if constexpr (INDEX) best.tap = wins ? tap : best.tap;
 }
 
 // Any geometry, either layout, one output per thread. Exactly one of offsets and flat may be set.
