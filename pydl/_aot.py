@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ COLUMNS = ("kernel", "case", "arch", "warps", "registers", "spills", "shared", "
 
 
 def cache_folder() -> Path:
-    """Where results and compiled kernels are kept: PYDL_CACHE_DIR, the checkout's .cache, or the user's cache."""
+    """Where results are kept: PYDL_CACHE_DIR, the checkout's .cache, or the user's cache."""
     chosen = os.environ.get("PYDL_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -41,16 +42,18 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def _workers(jobs: int, cache: Path) -> Iterator[ProcessPoolExecutor]:
+def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """Fresh processes that compile instead of interpreting; spawned ones take the environment of this moment."""
-    changed = {"TRITON_INTERPRET": None, "TRITON_CACHE_DIR": str(cache / "triton"), "OMP_NUM_THREADS": "1"}
-    before = {name: os.environ.get(name) for name in changed}
-    _set_environment(changed)
-    try:
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            yield pool
-    finally:
-        _set_environment(before)
+    with tempfile.TemporaryDirectory(prefix="pydl-kernels-") as folder:
+        # only the figures are kept, not the binaries
+        changed = {"TRITON_INTERPRET": None, "TRITON_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"}
+        before = {name: os.environ.get(name) for name in changed}
+        _set_environment(changed)
+        try:
+            with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+                yield pool
+        finally:
+            _set_environment(before)
 
 
 def _set_environment(values: dict[str, str | None]) -> None:
@@ -74,7 +77,7 @@ def run(archs: list[str], quick: bool, jobs: int, match: str = "", progress: boo
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / "kernel_resources.json"
     results = load_cache(path)
-    with _workers(jobs, cache) as pool:
+    with _workers(jobs) as pool:
         rows = [row for part in pool.map(enumerate_cases, archs) for row in part]
         rows = [row for row in rows if not quick or row["quick"] or row["arch"] == FULL_ARCH]
         rows = [row for row in rows if match in f"{row['kernel']} {row['case']}"]
