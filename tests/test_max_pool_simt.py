@@ -129,17 +129,19 @@ def test_values_of_gradients_against_torch(simt, window, shape, layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_values_accumulate_in_fp32(simt, dtype):
-    # One input wins all nine windows around it: 2048 + 8 * 1 is 2048 when added in fp16 one by one, 2056 in fp32.
-    x = torch.zeros(1, 1, 8, 16, dtype=dtype)
-    x[0, 0, 4, 8] = 1
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_values_accumulate_in_fp32(simt, dtype, flat, layout):
+    # One input wins all nine windows around it: 2048 + 8 * 1 stays 2048 when added in fp16 one by one, is 2056 in fp32.
+    x = torch.zeros(1, 8, 8, 16, dtype=dtype).to(memory_format=layout)
+    x[:, :, 4, 8] = 1
     args = [[3, 3], [1, 1], [1, 1], [1, 1]]
-    _, taps = simt.max_pool2d_with_indices(x, *args, False, False)
+    _, taps = simt.max_pool2d_with_indices(x, *args, False, flat)
     dy = torch.zeros_like(x)
-    dy[0, 0, 3:6, 7:10] = 1
-    dy[0, 0, 3, 7] = 2048
+    dy[:, :, 3:6, 7:10] = 1
+    dy[:, :, 3, 7] = 2048
     dx = simt.max_pool2d_bwd(dy, taps, 8, 16, *args)
-    assert dx[0, 0, 4, 8] == torch.tensor(2056.0).to(dtype)
+    assert (dx[:, :, 4, 8] == torch.tensor(2056.0).to(dtype)).all()
 
 
 def test_values_of_views_and_empty_batches(simt):
@@ -214,6 +216,22 @@ def test_values_beyond_2_to_31_elements(simt, layout):
     assert torch.equal(y, picked)
     assert flat[0, 1, 2, 1] == 32768 * 32768 + 16384
     assert torch.equal(simt.max_pool2d_gather(x, flat, *args), picked)
+
+
+@pytest.mark.slow
+@pytest.mark.no_poison
+@pytest.mark.skipif(UNDER_ASAN, reason="4 GiB of address space would need 512 MiB of shadow memory")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_values_of_vector_kernels_beyond_2_to_31_elements(simt, layout):
+    # 2^31 + 2^17 zeros that are only read, so that they share one page; the last window holds the largest value.
+    x = torch.zeros(1, 8, 16385, 16384, dtype=torch.float16).as_strided_(
+        (1, 8, 16385, 16384), torch.empty(1, 8, 16385, 16384, device="meta").to(memory_format=layout).stride()
+    )
+    x[0, 7, 16383, 16383] = 3
+    x[0, 6, 16382, 16380] = 2
+    y = simt.max_pool2d_values(x, [2, 2], [2, 2], [0, 0], [1, 1], False)
+    assert y[0, 7, 8191, 8191] == 3 and y[0, 6, 8191, 8190] == 2
+    assert float(y.sum(dtype=torch.float32)) == 5
 
 
 @pytest.mark.slow

@@ -154,6 +154,15 @@ def test_values_atomics(units, seed):
     assert total[0] == n / 2
 
 
+# Both sides of 2^32, where the division changes its width, and the largest base.
+@pytest.mark.parametrize("item", [0, 1, 2**32 - 1, 2**32, 2**32 + 5, 3 * 2**40 + 7, 2**62])
+@pytest.mark.parametrize("base", [1, 3, 1000, 2**31 - 1])
+def test_values_index_digits(units, item, base):
+    digit, rest = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    units("split", ctypes.c_uint64(item), base, digit, rest)
+    assert (int(rest), int(digit)) == divmod(item, base)
+
+
 def run_grid(units, blocks, threads, steps, cooperative=1):
     values = torch.zeros(2, blocks, dtype=torch.int32)
     values[0] = torch.arange(blocks)

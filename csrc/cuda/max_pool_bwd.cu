@@ -34,15 +34,11 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
   dx[item] = from_acc<T>(sum);
 }
 
-__host__ __device__ constexpr int floor_div(int a, int b) {
-  return a >= 0 ? a / b : -((-a + b - 1) / b);
-}
-
 // Windows that touch inputs [q * S, q * S + size): q + LO ... q + high(size).
 template <typename Win>
 struct Reach {
-  static constexpr int LO = -floor_div(Win::K - 1 - Win::P, Win::S);
-  static constexpr int high(int size) { return floor_div(size - 1 + Win::P, Win::S); }
+  static constexpr int LO = -((Win::K - 1 - Win::P) / Win::S);
+  static constexpr int high(int size) { return (size - 1 + Win::P) / Win::S; }
 };
 
 // Adds one window's gradient to the tile element it points at; all indices are constants after unrolling.

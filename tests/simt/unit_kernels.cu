@@ -1,6 +1,7 @@
 // Kernels that must give one right result under every schedule.
 #include "common/atomics.h"
 #include "common/device.h"
+#include "common/indexing.h"
 #include "common/shared.h"
 #include "common/warp.h"
 #include "common/warp_matrix.h"
@@ -165,6 +166,13 @@ UNIT_EXPORT shuffle_float64(char* error, const void* x, void* y) { return shuffl
 UNIT_EXPORT shuffle_float16(char* error, const void* x, void* y) { return shuffle<__half>(error, x, y); }
 UNIT_EXPORT shuffle_int32(char* error, const void* x, void* y) { return shuffle<int>(error, x, y); }
 UNIT_EXPORT shuffle_int64(char* error, const void* x, void* y) { return shuffle<long long>(error, x, y); }
+
+UNIT_EXPORT split(char* error, uint64_t item, int base, int* digit, uint64_t* rest) {
+  return guarded(error, [&] {
+    *digit = take_digit(item, base);
+    *rest = item;
+  });
+}
 
 UNIT_EXPORT partial_warp(char* error, const int* x, int* y) {
   return guarded(error, [&] { PYDL_LAUNCH(partial_warp_kernel, 1, 48, 0, nullptr, x, y); });
