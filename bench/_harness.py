@@ -153,24 +153,20 @@ class Series:
 
 
 def interleave(subjects: Sequence[Subject], seconds: float, warm_rounds: int = 2) -> list[Series]:
-    """Rounds in which every subject is sampled once, until the time is used up."""
+    """Rounds in which every subject is sampled once, as many as bench._stats.another_round allows in the time."""
     series = [Series() for _ in subjects]
     with _timing.quiet():
-        round_ms = 0.0
         for _ in range(warm_rounds):
-            round_ms = sum(_elapsed_ms(subject) for subject in subjects)
-        for number in range(_stats.round_count(seconds, round_ms)):
+            for subject in subjects:
+                subject.sample()
+        started, number = time.perf_counter(), 0
+        while _stats.another_round(number, time.perf_counter() - started, seconds):
             for i in _stats.turn_order(len(subjects), number):
                 taken = subjects[i].sample()
                 series[i].samples += taken
                 series[i].rounds.append(_stats.median(taken))
+            number += 1
     return series
-
-
-def _elapsed_ms(subject: Subject) -> float:
-    start = time.perf_counter()
-    subject.sample()
-    return (time.perf_counter() - start) * 1e3
 
 
 def measure(

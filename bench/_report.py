@@ -24,7 +24,9 @@ def target_text(row: dict[str, Any]) -> str:
     stated = ", ".join(f"{'<=' if m == 'host_us' else '>='} {v:g} {names[m]}" for m, v in row.get("target", {}).items())
     if not stated:
         return ""
-    return f"{stated}: {({True: 'met', False: 'MISSED', None: 'not measured'})[row['met']]}"
+    return (
+        f"{stated}: {({True: 'met', False: 'MISSED', None: 'not measured'})[row['met']]}{'~' if is_noisy(row) else ''}"
+    )
 
 
 def cells(row: dict[str, Any]) -> list[str]:

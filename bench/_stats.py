@@ -34,6 +34,9 @@ def turn_order(count: int, round_index: int) -> list[int]:
     return order[::-1] if (round_index // max(count, 1)) % 2 else order
 
 
-def round_count(seconds: float, round_ms: float, least: int = 7, most: int = 400) -> int:
-    """How many rounds fit into the time, within bounds."""
-    return int(min(most, max(least, seconds * 1e3 / max(round_ms, 1e-6))))
+def another_round(done: int, elapsed: float, seconds: float) -> bool:
+    """Whether to go on: while there is time, up to 400 rounds; 7 rounds also where that takes up to twice the time
+    (samples of long calls, or samples repeated on a disturbed machine), and 3 in any case."""
+    if done < 3:
+        return True
+    return elapsed < (2 * seconds if done < 7 else seconds) and done < 400

@@ -24,6 +24,7 @@ from bench._stats import median
 
 SAMPLE_MS = 1.0
 QUIET_SHARE = 0.03
+PATIENCE_MS = 60.0
 _SPIN_LIMIT_MS = 40.0
 
 
@@ -46,7 +47,7 @@ def waited_ns() -> int:
     return total
 
 
-def undisturbed_sample(call: Callable[[], object], inner: int, attempts: int = 8) -> tuple[float, bool]:
+def undisturbed_sample(call: Callable[[], object], inner: int, attempts: int = 6) -> tuple[float, bool]:
     """A sample during which other work took no core from us, or the least disturbed of the attempts; and whether it
     was disturbed all the same."""
     found: list[tuple[float, float]] = []
@@ -57,6 +58,8 @@ def undisturbed_sample(call: Callable[[], object], inner: int, attempts: int = 8
         found.append((share, ms))
         if share <= QUIET_SHARE:
             return ms, False
+        if sum(ms * inner for _, ms in found) > PATIENCE_MS:
+            break
     return min(found)[1], True
 
 

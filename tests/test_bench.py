@@ -79,10 +79,12 @@ def test_every_provider_takes_every_turn_equally_often(count):
     assert all(times == 4 for row in places for times in row)
 
 
-def test_rounds_fit_the_time_within_bounds():
-    assert _stats.round_count(1.0, 10.0) == 100
-    assert _stats.round_count(0.001, 1000.0) == 7
-    assert _stats.round_count(10.0, 0.0) == 400
+@pytest.mark.parametrize(
+    ("done", "elapsed", "goes_on"),
+    [(0, 99.0, True), (3, 99.0, False), (3, 1.5, True), (7, 1.5, False), (7, 0.5, True), (400, 0.5, False)],
+)
+def test_rounds_fit_the_time_within_bounds(done, elapsed, goes_on):
+    assert _stats.another_round(done, elapsed, seconds=1.0) is goes_on
 
 
 class Recorder:
@@ -96,9 +98,10 @@ class Recorder:
         return [1.0]
 
 
-def test_providers_take_turns_round_by_round():
+def test_providers_take_turns_round_by_round(monkeypatch):
     log = []
-    series = _harness.interleave([Recorder(n, log) for n in "abc"], seconds=0.0, warm_rounds=0)
+    monkeypatch.setattr(_stats, "another_round", lambda done, elapsed, seconds: done < 7)
+    series = _harness.interleave([Recorder(n, log) for n in "abc"], seconds=1.0, warm_rounds=0)
     assert [len(s.rounds) for s in series] == [7, 7, 7]
     rounds = ["".join(log[i : i + 3]) for i in range(0, len(log), 3)]
     assert rounds == ["abc", "bca", "cab", "cba", "acb", "bac", "abc"]
@@ -169,7 +172,7 @@ def test_rows_of_a_gpu_carry_host_cost_launches_and_syncs(monkeypatch):
     chosen = _harness.Group("max_pool", case, "cpu", "bf16", "bwd")
     (row,) = _harness.measure(chosen, ["torch"], {}, 0.0, clock=FakeClock())
     assert (row["host_us"], row["launches"], row["syncs"], row["disturbed"]) == (7.5, 2, 0, 0)
-    assert row["samples"] == 7 * _harness.GPU_BATCH and row["median_ms"] == 1.0
+    assert row["samples"] == 3 * _harness.GPU_BATCH and row["median_ms"] == 1.0
 
 
 def test_a_case_too_large_for_the_device_costs_no_other_case(monkeypatch):
