@@ -46,6 +46,11 @@ def device_guard(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.get_device())
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up (triton.cdiv costs microseconds on the host)."""
+    return -(-a // b)
+
+
 def next_power_of_two(n: int) -> int:
     """The smallest power of two that is not below ``n``; 1 for 0."""
     return 1 << max(n - 1, 0).bit_length()

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._aot import Case
-from ._launch import Device, device_facts, device_guard, require_dtype
+from ._launch import Device, cdiv, device_facts, device_guard, require_dtype
 from ._math import sigmoid, sigmoid_and_slope, tanh
 
 KINDS = ("relu", "leaky_relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "step")
@@ -144,7 +144,7 @@ def activation_fwd(x: Tensor, kind: str, alpha: float) -> Tensor:
         return y
     block, num_warps = config(n, x.element_size(), device_facts(x))
     with device_guard(x):
-        _activation_fwd_kernel[(triton.cdiv(n, block),)](
+        _activation_fwd_kernel[(cdiv(n, block),)](
             x, y, n, alpha, KIND=kind, BLOCK=block, num_warps=num_warps, num_stages=1, enable_fp_fusion=True
         )
     return y
@@ -177,7 +177,7 @@ def activation_bwd(dy: Tensor, saved: Tensor, kind: str, alpha: float) -> Tensor
         dy = torch.empty_like(saved).copy_(dy)
     block, num_warps = config(n, saved.element_size(), device_facts(saved))
     with device_guard(saved):
-        _activation_bwd_kernel[(triton.cdiv(n, block),)](
+        _activation_bwd_kernel[(cdiv(n, block),)](
             dy, saved, dx, n, alpha, KIND=kind, BLOCK=block, num_warps=num_warps, num_stages=1, enable_fp_fusion=True
         )
     return dx

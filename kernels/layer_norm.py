@@ -6,16 +6,16 @@ dweight and dbias as long as a row fits a tile. Statistics and sums are fp32 for
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ._aot import Case
-from ._launch import Device, device_facts, device_guard, next_power_of_two, require_dtype
+from ._launch import Device, cdiv, device_facts, device_guard, next_power_of_two, require_dtype
 from ._layer_norm_bwd import (
     _layer_norm_bwd_dwdb_kernel,
     _layer_norm_bwd_dx_kernel,
@@ -39,6 +39,7 @@ class Config(NamedTuple):
     looped: bool = False
 
 
+@functools.lru_cache(maxsize=4096)
 def fwd_config(M: int, N: int, itemsize: int, device: Device) -> Config:
     """Tile of the forward: 8 KB of narrow rows, a warp each if possible; one wide row, up to 64 elements a thread.
 
@@ -54,6 +55,7 @@ def fwd_config(M: int, N: int, itemsize: int, device: Device) -> Config:
     return Config(block_m if M >= block_m * device.sm_count else max(block_m // 4, 1), block_n, 4)
 
 
+@functools.lru_cache(maxsize=4096)
 def bwd_config(N: int) -> Config:
     """Tile of the backward: 16 elements a thread for any dtype, since fp32 x, dy, weight and two sums are held."""
     block_n = max(next_power_of_two(N), 16)
@@ -67,7 +69,7 @@ def bwd_config(N: int) -> Config:
 def num_partials(M: int, config: Config, device: Device) -> int:
     """Programs of the fused backward, hence rows of partial sums: a function of sizes and device only."""
     per_sm = max(16 // config.num_warps, 1)
-    return min(triton.cdiv(M, config.block_m), per_sm * device.sm_count)
+    return min(cdiv(M, config.block_m), per_sm * device.sm_count)
 
 
 def dwdb_config(N: int) -> Config:
@@ -83,16 +85,14 @@ def reduce_config(N: int) -> Config:
 def num_row_splits(M: int, N: int, device: Device) -> int:
     """Programs that share a block of columns in the dweight and dbias kernel."""
     config = dwdb_config(N)
-    wanted = triton.cdiv(4 * device.sm_count, triton.cdiv(N, config.block_n))
-    return min(wanted, triton.cdiv(M, config.block_m))
+    wanted = cdiv(4 * device.sm_count, cdiv(N, config.block_n))
+    return min(wanted, cdiv(M, config.block_m))
 
 
-def _check_sizes(op: str, x: Tensor, M: int, N: int, like_x: Sequence[Tensor], per_row: Sequence[Tensor]) -> None:
+def _check_rows(op: str, x: Tensor, M: int, N: int) -> None:
     # what memory safety needs; the public functions raise torch's own errors before this
-    if x.numel() != M * N or any(t.shape != x.shape for t in like_x):
-        raise ValueError(f"{op}: x and dy must have one shape that ends in normalized_shape, got {tuple(x.shape)}")
-    if any(t.numel() != M or t.dtype != torch.float32 for t in per_row):
-        raise ValueError(f"{op}: mean and rstd must be float32 with one element for each of {M} rows")
+    if x.numel() != M * N:
+        raise ValueError(f"{op}: expected {M} rows of {N} elements, got shape {tuple(x.shape)}")
 
 
 def _parameter(op: str, name: str, parameter: Tensor | None, N: int) -> Tensor | None:
@@ -136,23 +136,24 @@ def layer_norm_fwd(
     if M == 0 or N == 0:
         # torch's values for rows without elements
         return y, mean.fill_(0.0), rstd.fill_(math.nan)
-    _check_sizes("layer_norm_fwd", x, M, N, (), ())
+    _check_rows("layer_norm_fwd", x, M, N)
     x, stride_xm = _as_rows(x, M, N)
     weight = _parameter("layer_norm_fwd", "weight", weight, N)
     bias = _parameter("layer_norm_fwd", "bias", bias, N)
-    itemsize = max(t.element_size() for t in (x, weight, bias) if t is not None)
+    has_weight, has_bias = weight is not None, bias is not None
+    itemsize = max(x.element_size(), weight.element_size() if has_weight else 0, bias.element_size() if has_bias else 0)
     config = fwd_config(M, N, itemsize, device_facts(x))
-    flags = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     with device_guard(x):
         if config.looped:
             _layer_norm_fwd_looped_kernel[(M,)](
-                x, weight, bias, y, mean, rstd, N, stride_xm, eps, **flags,
+                x, weight, bias, y, mean, rstd, N, stride_xm, eps, HAS_WEIGHT=has_weight, HAS_BIAS=has_bias,
                 BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
         else:
-            _layer_norm_fwd_kernel[(triton.cdiv(M, config.block_m),)](
-                x, weight, bias, y, mean, rstd, M, N, stride_xm, eps, **flags, BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
+            _layer_norm_fwd_kernel[(cdiv(M, config.block_m),)](
+                x, weight, bias, y, mean, rstd, M, N, stride_xm, eps, HAS_WEIGHT=has_weight, HAS_BIAS=has_bias,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return y, mean, rstd
 
@@ -191,38 +192,50 @@ def layer_norm_bwd(
         for _, out in sums:
             out.zero_()
         return dx, dweight, dbias
-    _check_sizes("layer_norm_bwd", x, M, N, (dy,), (mean, rstd))
+    _check_rows("layer_norm_bwd", x, M, N)
+    _check_rows("layer_norm_bwd", dy, M, N)
+    _check_rows("layer_norm_bwd", rstd, M, 1)
     x, stride_xm = _as_rows(x, M, N)
     dy, stride_dym = _as_rows(dy, M, N)
     mean, rstd = mean.contiguous(), rstd.contiguous()
     weight = _parameter("layer_norm_bwd", "weight", weight, N)
-    device = device_facts(x)
+    config, device = bwd_config(N), device_facts(x)
+    sizes = (M, N, stride_dym, stride_xm)
     with device_guard(x):
-        config = bwd_config(N)
         if want_dx and sums and not config.looped:
             partial = x.new_empty((2, num_partials(M, config, device), N), dtype=torch.float32)
             _layer_norm_bwd_kernel[(partial.shape[1],)](
-                dy, x, mean, rstd, weight, dx, partial, M, N, stride_dym, stride_xm,
-                HAS_WEIGHT=weight is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-                num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
-            )  # fmt: skip
-        else:
-            if want_dx:
-                _launch_dx(dy, x, mean, rstd, weight, dx, M, N, stride_dym, stride_xm, config)
-            if sums:
-                config = dwdb_config(N)
-                partial = x.new_empty((2, num_row_splits(M, N, device), N), dtype=torch.float32)
-                _layer_norm_bwd_dwdb_kernel[(triton.cdiv(N, config.block_n), partial.shape[1])](
-                    dy, x, mean, rstd, partial, M, N, stride_dym, stride_xm, BLOCK_M=config.block_m,
-                    BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
-                )  # fmt: skip
-        if sums:
-            config = reduce_config(N)
-            _layer_norm_bwd_reduce_kernel[(triton.cdiv(N, config.block_n), len(sums))](
-                partial[sums[0][0]], sums[0][1], sums[-1][1], partial.shape[1], N, BLOCK_P=config.block_m,
+                dy, x, mean, rstd, weight, dx, partial, *sizes, HAS_WEIGHT=weight is not None, BLOCK_M=config.block_m,
                 BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
+        else:
+            partial = x.new_empty((2, num_row_splits(M, N, device), N), dtype=torch.float32) if sums else None
+            if want_dx:
+                _launch_dx(dy, x, mean, rstd, weight, dx, *sizes, config)
+            if partial is not None:
+                _launch_dwdb(dy, x, mean, rstd, partial, *sizes)
+        if partial is not None:
+            _launch_reduce(partial, sums, N)
     return dx, dweight, dbias
+
+
+def _launch_dwdb(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, partial: Tensor,
+    M: int, N: int, stride_dym: int, stride_xm: int,
+) -> None:  # fmt: skip
+    config = dwdb_config(N)
+    _layer_norm_bwd_dwdb_kernel[(cdiv(N, config.block_n), partial.shape[1])](
+        dy, x, mean, rstd, partial, M, N, stride_dym, stride_xm, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _launch_reduce(partial: Tensor, sums: list[tuple[int, Tensor]], N: int) -> None:
+    config = reduce_config(N)
+    _layer_norm_bwd_reduce_kernel[(cdiv(N, config.block_n), len(sums))](
+        partial[sums[0][0]], sums[0][1], sums[-1][1], partial.shape[1], N, BLOCK_P=config.block_m,
+        BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def _launch_dx(
@@ -235,7 +248,7 @@ def _launch_dx(
             BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
     else:
-        _layer_norm_bwd_dx_kernel[(triton.cdiv(M, config.block_m),)](
+        _layer_norm_bwd_dx_kernel[(cdiv(M, config.block_m),)](
             dy, x, mean, rstd, weight, dx, M, N, stride_dym, stride_xm, HAS_WEIGHT=weight is not None,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1,
             enable_fp_fusion=True,

@@ -26,66 +26,76 @@ def _round_to_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
+def _is_bf16(x: Any) -> bool:
+    # Triton labels a comparison's boolean data with its operands' dtype
+    return str(x.dtype.scalar) == "bf16" and x.data.dtype != np.bool_
+
+
+def _widen(x: Any) -> Any:
+    import triton.language as tl
+
+    return type(x)((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if _is_bf16(x) else x
+
+
+def _narrow(x: Any) -> Any:
+    import triton.language as tl
+
+    if x.data.dtype == np.bool_:
+        return type(x)(x.data, tl.int1)
+    return type(x)(_round_to_bf16(x.data), tl.bfloat16)
+
+
+def _elementwise(original: Callable, operands: int) -> Callable:
+    def method(self: Any, *args: Any) -> Any:
+        handles, rest = args[:operands], args[operands:]
+        if rest == (np.where,) or not any(_is_bf16(x) for x in handles):
+            return original(self, *args)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _narrow(original(self, *map(_widen, handles), *rest))
+
+    return method
+
+
+def _cast(original: Callable) -> Callable:
+    import triton.language as tl
+
+    def method(self: Any, src: Any, dst_type: Any) -> Any:
+        if str(dst_type.scalar) != "bf16":
+            return original(self, _widen(src), dst_type)
+        return src if _is_bf16(src) else _narrow(original(self, src, tl.float32))
+
+    return method
+
+
+def _dot(original: Callable) -> Callable:
+    def method(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        return original(self, _widen(a), _widen(b), d, *rest)
+
+    return method
+
+
+def _refuse(original: Callable) -> Callable:
+    def method(self: Any, input: Any) -> Any:
+        if any(str(arg.dtype.scalar) == "bf16" for arg in input):
+            raise TypeError("the interpreter reduces bfloat16 as integers: convert to float32 first")
+        return original(self, input)
+
+    return method
+
+
 def _repairs() -> dict[tuple[Any, str], Callable]:
     """The replacement of each wrong method, by its class and name."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
-
-    def is_bf16(x: Any) -> bool:
-        # Triton labels a comparison's boolean data with its operands' dtype
-        return x.dtype.scalar == tl.bfloat16 and x.data.dtype != np.bool_
-
-    def widen(x: Any) -> Any:
-        if not is_bf16(x):
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def narrow(x: Any) -> Any:
-        if x.data.dtype == np.bool_:
-            return TensorHandle(x.data, tl.int1)
-        return TensorHandle(_round_to_bf16(x.data), tl.bfloat16)
-
-    def elementwise(original: Callable, operands: int) -> Callable:
-        def method(self: Any, *args: Any) -> Any:
-            handles, rest = args[:operands], args[operands:]
-            if rest == (np.where,) or not any(is_bf16(x) for x in handles):
-                return original(self, *args)
-            with np.errstate(over="ignore", invalid="ignore"):
-                return narrow(original(self, *map(widen, handles), *rest))
-
-        return method
-
-    def cast(original: Callable) -> Callable:
-        def method(self: Any, src: Any, dst_type: Any) -> Any:
-            if dst_type.scalar != tl.bfloat16:
-                return original(self, widen(src), dst_type)
-            return src if is_bf16(src) else narrow(original(self, src, tl.float32))
-
-        return method
-
-    def dot(original: Callable) -> Callable:
-        def method(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-            return original(self, widen(a), widen(b), d, *rest)
-
-        return method
-
-    def refuse(original: Callable) -> Callable:
-        def method(self: Any, input: Any) -> Any:
-            if any(arg.dtype.scalar == tl.bfloat16 for arg in input):
-                raise TypeError("the interpreter reduces bfloat16 as integers: convert to float32 first")
-            return original(self, input)
-
-        return method
+    from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface
 
     builder = InterpreterBuilder
     return {
-        (builder, "cast_impl"): cast(builder.cast_impl),
-        (builder, "binary_op"): elementwise(builder.binary_op, 2),
-        (builder, "unary_op"): elementwise(builder.unary_op, 1),
-        (builder, "ternary_op"): elementwise(builder.ternary_op, 3),
-        (builder, "create_fma"): elementwise(builder.create_fma, 3),
-        (builder, "create_dot"): dot(builder.create_dot),
-        (ReduceScanOpInterface, "check_tensor"): refuse(ReduceScanOpInterface.check_tensor),
+        (builder, "cast_impl"): _cast(builder.cast_impl),
+        (builder, "binary_op"): _elementwise(builder.binary_op, 2),
+        (builder, "unary_op"): _elementwise(builder.unary_op, 1),
+        (builder, "ternary_op"): _elementwise(builder.ternary_op, 3),
+        (builder, "create_fma"): _elementwise(builder.create_fma, 3),
+        (builder, "create_dot"): _dot(builder.create_dot),
+        (ReduceScanOpInterface, "check_tensor"): _refuse(ReduceScanOpInterface.check_tensor),
     }
 
 
