@@ -41,7 +41,7 @@ class Config(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def fwd_config(M: int, N: int, itemsize: int, device: Device) -> Config:
-    """Tile of the forward: 8 KB of narrow rows, a warp each if possible; one wide row, up to 64 elements a thread.
+    """Tile of the forward: 8 KB of narrow rows, or one wide row with up to 64 elements a thread.
 
     ``itemsize`` is that of the widest of x, weight and bias: all three are held at once.
     """
