@@ -7,17 +7,13 @@ namespace pydl {
 
 #ifdef PYDL_SIMT
 
-__device__ inline void spin_pause() {
-  simt::spin_pause();
-}
+__device__ inline void spin_pause() { simt::spin_pause(); }
 
 __device__ inline unsigned load_acquire(const unsigned* address) {
   return *const_cast<const volatile unsigned*>(address);
 }
 
-__device__ inline void store_release(unsigned* address, unsigned value) {
-  atomicExch(address, value);
-}
+__device__ inline void store_release(unsigned* address, unsigned value) { atomicExch(address, value); }
 
 __device__ inline void check_grid_barrier() {
   if (!simt::launch_is_cooperative()) simt::fail("grid_barrier() needs PYDL_LAUNCH_COOPERATIVE");
@@ -26,9 +22,7 @@ __device__ inline void check_grid_barrier() {
 #else
 
 // Every loop that waits for another thread's store calls this: on the host it lets that thread run.
-__device__ inline void spin_pause() {
-  __nanosleep(32);
-}
+__device__ inline void spin_pause() { __nanosleep(32); }
 
 __device__ inline unsigned load_acquire(const unsigned* address) {
   unsigned value;

@@ -70,14 +70,14 @@ class DeviceGuard {
     int32_t type = 0, index = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(other.get(), &type));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(other.get(), &index));
-    STD_TORCH_CHECK(type == type_ && index == index_, op, ": ", name, " must be on the same device as the first tensor");
+    STD_TORCH_CHECK(type == type_ && index == index_, op, ": ", name,
+                    " must be on the same device as the first tensor");
   }
 
   // Uninitialised memory on the guarded device; NaN with PYDL_POISON_MEMORY=1.
   Output empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, Dtype dtype) const {
     AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dim, sizes, strides, host::code_of(dtype), type_, index_, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, host::code_of(dtype), type_, index_, &handle));
     Tensor tensor(handle);
     void* data = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));

@@ -32,18 +32,10 @@ struct Accumulate<double> {
 template <typename T>
 using acc_t = typename Accumulate<T>::type;
 
-__host__ __device__ inline float to_acc(float x) {
-  return x;
-}
-__host__ __device__ inline double to_acc(double x) {
-  return x;
-}
-__host__ __device__ inline float to_acc(__half x) {
-  return __half2float(x);
-}
-__host__ __device__ inline float to_acc(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
+__host__ __device__ inline float to_acc(float x) { return x; }
+__host__ __device__ inline double to_acc(double x) { return x; }
+__host__ __device__ inline float to_acc(__half x) { return __half2float(x); }
+__host__ __device__ inline float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 // Rounds to nearest even.
 template <typename T>

@@ -20,8 +20,6 @@ __host__ __device__ inline int take_digit(uint64_t& item, int base) {
   return digit;
 }
 
-__device__ inline uint64_t thread_item() {
-  return uint64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-}
+__device__ inline uint64_t thread_item() { return uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
 }  // namespace pydl

@@ -8,11 +8,11 @@
 
 #ifdef PYDL_SIMT
 
-#define PYDL_SHARED(type, name, n)                                                                    \
-  static_assert((n) > 0, "shared arrays have a positive constant size");                              \
+#define PYDL_SHARED(type, name, n)                                                                          \
+  static_assert((n) > 0, "shared arrays have a positive constant size");                                    \
   type* const name = static_cast<type*>(::pydl::simt::shared_static(sizeof(type) * (n), alignof(type), [] { \
-    static const char key = 0;                                                                        \
-    return static_cast<const void*>(&key);                                                            \
+    static const char key = 0;                                                                              \
+    return static_cast<const void*>(&key);                                                                  \
   }()))
 
 #define PYDL_DYN_SHARED(type, name) type* const name = static_cast<type*>(::pydl::simt::shared_dynamic(128))

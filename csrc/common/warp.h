@@ -10,9 +10,7 @@ __device__ inline int thread_in_block() {
   return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
 }
 
-__device__ inline int lane_in_warp() {
-  return thread_in_block() % kWarp;
-}
+__device__ inline int lane_in_warp() { return thread_in_block() % kWarp; }
 
 // Every lane gets combine over all 32 lanes; a butterfly, so all lanes get the same bits if combine commutes.
 template <typename T, typename F>

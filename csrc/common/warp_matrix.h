@@ -28,14 +28,11 @@ struct WarpTileLayout<true> {
   using type = nvcuda::wmma::col_major;
 };
 template <typename T, bool Columns = false>
-using WarpTileB =
-    nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, T, typename WarpTileLayout<Columns>::type>;
+using WarpTileB = nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, T, typename WarpTileLayout<Columns>::type>;
 
 using WarpTileC = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float>;
 
-__device__ inline void fill(WarpTileC& c, float value) {
-  nvcuda::wmma::fill_fragment(c, value);
-}
+__device__ inline void fill(WarpTileC& c, float value) { nvcuda::wmma::fill_fragment(c, value); }
 
 template <typename Tile, typename T>
 __device__ void load(Tile& tile, const T* pointer, int ld) {

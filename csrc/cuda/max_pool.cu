@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
   for (int i = 0; i < N; ++i) best[i] = {-INFINITY, first_row * kernel + first_col};
   for (int kh = first_row; kh < p.h.kernel && top + kh * p.h.dilation < p.h.in; ++kh) {
     const T* row = x + int64_t(top + kh * p.h.dilation) * p.w.in * p.channels;
-#pragma unroll KW > 0 ? KW : 1
+#pragma unroll KW> 0 ? KW : 1
     for (int kw = 0; kw < kernel; ++kw) {
       int col = left + kw * p.w.dilation;
       if (col < 0 || col >= p.w.in) continue;
@@ -209,8 +209,7 @@ void launch_channels(const Forward& f) {
   int64_t items = p.batch * p.h.out * p.w.out * (p.channels / (kVectorBytes / int(sizeof(T))));
   auto launch = [&]<int KW>() {
     PYDL_LAUNCH((max_pool_channels_kernel<T, INDEX, KW>), pool_grid(f.op, items), kPoolThreads, 0, f.stream,
-                static_cast<const T*>(f.x), static_cast<T*>(f.y), static_cast<uint8_t*>(f.indices), p,
-                uint64_t(items));
+                static_cast<const T*>(f.x), static_cast<T*>(f.y), static_cast<uint8_t*>(f.indices), p, uint64_t(items));
   };
   if (p.w.kernel == 3) return launch.template operator()<3>();
   if (p.w.kernel == 2) return launch.template operator()<2>();

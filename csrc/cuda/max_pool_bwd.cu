@@ -58,8 +58,8 @@ __device__ __forceinline__ void scatter_in_registers(float (&sums)[Win::S][WIDTH
 // dx are stored 16 bytes at a time.
 template <typename T, typename Win, int COLS>
 __global__ void __launch_bounds__(kPoolThreads, 1)
-    max_pool_bwd_window_kernel(const T* __restrict__ dy, const uint8_t* __restrict__ offsets, T* __restrict__ dx, Pool p,
-                               uint64_t items) {
+    max_pool_bwd_window_kernel(const T* __restrict__ dy, const uint8_t* __restrict__ offsets, T* __restrict__ dx,
+                               Pool p, uint64_t items) {
   constexpr int kWidth = COLS * Win::S;
   uint64_t item = thread_item();
   if (item >= items) return;

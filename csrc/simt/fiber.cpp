@@ -66,9 +66,7 @@ size_t configured_stack_size() {
 
 StackArena::StackArena() : stack_size_(configured_stack_size()) {}
 
-StackArena::~StackArena() {
-  unmap();
-}
+StackArena::~StackArena() { unmap(); }
 
 void StackArena::unmap() {
   if (base_ != nullptr) munmap(base_, capacity_ * stack_size_);
@@ -81,8 +79,8 @@ void StackArena::reserve(size_t count) {
   bool oversized = capacity_ > 8192 && count * 4 < capacity_;
   if (count > capacity_ || oversized) {
     unmap();
-    void* memory = mmap(nullptr, count * stack_size_, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, count * stack_size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     base_ = static_cast<char*>(memory);
     capacity_ = count;
@@ -107,8 +105,10 @@ Stack StackArena::take() {
     mprotect(base, kGuard, PROT_NONE);
     ++guarded_;
   }
+  // Equal stacks would compete for the same cache sets: their tops are moved apart.
+  size_t shift = fresh_ % 61 * 64;
   ++fresh_;
-  Stack stack{base + kGuard, stack_size_ - kGuard};
+  Stack stack{base + kGuard, stack_size_ - kGuard - shift};
 #if PYDL_SIMT_ASAN
   // A fiber abandoned after an error leaves its frames' redzones behind.
   __asan_unpoison_memory_region(stack.base, stack.size);
@@ -127,9 +127,7 @@ void prepare(Context& context, Stack stack, void (*entry)()) {
   context = Context{slots - 8, nullptr, stack};
 }
 
-static void jump(Context& from, Context& to) {
-  pydl_simt_switch(&from.saved, to.saved);
-}
+static void jump(Context& from, Context& to) { pydl_simt_switch(&from.saved, to.saved); }
 
 #else
 

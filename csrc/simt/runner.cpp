@@ -19,6 +19,8 @@ constexpr size_t kMaxShared = 227 * 1024;
 constexpr size_t kMaxStaticShared = 48 * 1024;
 constexpr size_t kStackReserve = 4096;
 constexpr int kMaxStaleRounds = 2000;
+// Picks in a row from one block, on average, so that its stacks stay in the cache.
+constexpr uint32_t kStay = 512;
 
 std::mutex g_launch_mutex;
 Runner g_runner;
@@ -37,9 +39,7 @@ std::string text(const Index& index) {
   return out.str();
 }
 
-std::string text(Site site) {
-  return std::string(site.file) + ':' + std::to_string(site.line);
-}
+std::string text(Site site) { return std::string(site.file) + ':' + std::to_string(site.line); }
 
 std::string hex(unsigned value) {
   std::ostringstream out;
@@ -47,18 +47,14 @@ std::string hex(unsigned value) {
   return out.str();
 }
 
-bool same(Site a, Site b) {
-  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
-}
+bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
 uint3 unravel(uint64_t linear, dim3 shape) {
   return {unsigned(linear % shape.x), unsigned(linear / shape.x % shape.y), unsigned(linear / shape.x / shape.y)};
 }
 
 void check_config(const LaunchConfig& c) {
-  auto refuse = [&](const std::string& why) {
-    throw Error(std::string("simt: launch of ") + c.kernel + ": " + why);
-  };
+  auto refuse = [&](const std::string& why) { throw Error(std::string("simt: launch of ") + c.kernel + ": " + why); };
   uint64_t threads = uint64_t(c.block.x) * c.block.y * c.block.z;
   if (threads == 0 || threads > 1024 || c.block.z > 64) refuse("block " + text(c.block) + " is not launchable");
   uint64_t blocks = uint64_t(c.grid.x) * c.grid.y * c.grid.z;
@@ -66,17 +62,15 @@ void check_config(const LaunchConfig& c) {
     refuse("grid " + text(c.grid) + " is not launchable");
   }
   if (c.dynamic_shared > kMaxShared) {
-    refuse(std::to_string(c.dynamic_shared) + " bytes of dynamic shared memory, at most " +
-           std::to_string(kMaxShared) + " exist");
+    refuse(std::to_string(c.dynamic_shared) + " bytes of dynamic shared memory, at most " + std::to_string(kMaxShared) +
+           " exist");
   }
   if (c.cooperative && blocks > 4096) refuse("too many blocks for a cooperative launch");
 }
 
 }  // namespace
 
-void FreeDeleter::operator()(void* memory) const {
-  std::free(memory);
-}
+void FreeDeleter::operator()(void* memory) const { std::free(memory); }
 
 void Runner::run(const LaunchConfig& config, void (*body)(void*), void* closure) {
   check_config(config);
@@ -124,6 +118,7 @@ uint32_t Runner::random(uint32_t bound) {  // xorshift64 (Marsaglia 2003)
 void Runner::reset_block(Block& block, uint64_t linear) {
   block.index = unravel(linear, config_.grid);
   size_t count = size_t(blockDim.x) * blockDim.y * blockDim.z;
+  block.ready.clear();
   block.threads.resize(count);
   block.warps.resize((count + 31) / 32);
   for (size_t w = 0; w < block.warps.size(); ++w) {
@@ -145,8 +140,9 @@ void Runner::reset_block(Block& block, uint64_t linear) {
 }
 
 void Runner::run_blocks(size_t count, uint64_t first) {
-  ready_.clear();
+  runnable_.clear();
   spinning_.clear();
+  favourite_ = nullptr;
   stacks_.reset();
   stale_rounds_ = 0;
   progressed_ = true;
@@ -155,7 +151,7 @@ void Runner::run_blocks(size_t count, uint64_t first) {
   for (size_t b = 0; b < count; ++b) {
     reset_block(*blocks_[b], count == 1 ? shuffled(first, total) : first + b);
   }
-  unfinished_ = ready_.size();
+  unfinished_ = count * blockDim.x * blockDim.y * blockDim.z;
   launcher_ = Context{};
   Thread* thread = pick();
   enter(*thread);
@@ -212,8 +208,13 @@ void Runner::finish_thread(Thread& thread) {
 }
 
 void Runner::make_ready(Thread& thread) {
+  Block& block = *thread.block;
   thread.wait = Wait::none;
-  ready_.push_back(&thread);
+  if (block.ready.empty()) {
+    block.slot = runnable_.size();
+    runnable_.push_back(&block);
+  }
+  block.ready.push_back(&thread);
 }
 
 void Runner::enter(Thread& thread) {
@@ -224,18 +225,25 @@ void Runner::enter(Thread& thread) {
 }
 
 Thread* Runner::pick() {
-  if (ready_.empty()) {
+  if (runnable_.empty()) {
     if (spinning_.empty()) fail(deadlock_report());
     stale_rounds_ = progressed_ ? 0 : stale_rounds_ + 1;
     progressed_ = false;
     if (stale_rounds_ > kMaxStaleRounds) fail(deadlock_report());
-    ready_.swap(spinning_);
+    for (Thread* thread : spinning_) make_ready(*thread);
+    spinning_.clear();
   }
-  size_t i = random(uint32_t(ready_.size()));
-  Thread* next = ready_[i];
-  ready_[i] = ready_.back();
-  ready_.pop_back();
-  next->wait = Wait::none;
+  bool stay = favourite_ != nullptr && !favourite_->ready.empty();
+  if (!stay || (runnable_.size() > 1 && random(kStay) == 0)) favourite_ = runnable_[random(uint32_t(runnable_.size()))];
+  auto& ready = favourite_->ready;
+  std::swap(ready[random(uint32_t(ready.size()))], ready.back());
+  Thread* next = ready.back();
+  ready.pop_back();
+  if (ready.empty()) {
+    runnable_[favourite_->slot] = runnable_.back();
+    runnable_[favourite_->slot]->slot = favourite_->slot;
+    runnable_.pop_back();
+  }
   return next;
 }
 
@@ -326,9 +334,7 @@ void Runner::warp(unsigned mask, Site site, void* local, Resolve resolve) {
   }
 }
 
-void Runner::spin() {
-  suspend(Wait::spin);
-}
+void Runner::spin() { suspend(Wait::spin); }
 
 void* Runner::shared(size_t bytes, size_t alignment, const void* key) {
   Block& block = *current_->block;
@@ -393,9 +399,7 @@ void fail(const std::string& message) {
   throw Error(where + ": " + message);
 }
 
-BarrierResult block_barrier(Site site, bool predicate) {
-  return g_runner.barrier(site, predicate);
-}
+BarrierResult block_barrier(Site site, bool predicate) { return g_runner.barrier(site, predicate); }
 
 void warp_collective(unsigned mask, Site site, void* local, Resolve resolve) {
   g_runner.warp(mask, site, local, resolve);
@@ -406,13 +410,9 @@ unsigned live_lanes() {
   return thread.block->warps[size_t(thread.linear / 32)].live;
 }
 
-int lane_id() {
-  return g_runner.current()->linear % 32;
-}
+int lane_id() { return g_runner.current()->linear % 32; }
 
-void* shared_static(size_t bytes, size_t alignment, const void* key) {
-  return g_runner.shared(bytes, alignment, key);
-}
+void* shared_static(size_t bytes, size_t alignment, const void* key) { return g_runner.shared(bytes, alignment, key); }
 
 void* shared_dynamic(size_t alignment) {
   size_t bytes = g_runner.config().dynamic_shared;
@@ -420,16 +420,10 @@ void* shared_dynamic(size_t alignment) {
   return g_runner.shared(bytes, alignment, nullptr);
 }
 
-void spin_pause() {
-  g_runner.spin();
-}
+void spin_pause() { g_runner.spin(); }
 
-void note_progress() {
-  g_runner.progress();
-}
+void note_progress() { g_runner.progress(); }
 
-bool launch_is_cooperative() {
-  return g_runner.config().cooperative;
-}
+bool launch_is_cooperative() { return g_runner.config().cooperative; }
 
 }  // namespace pydl::simt

@@ -54,6 +54,8 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<SharedArray> shared;
+  std::vector<Thread*> ready;
+  size_t slot = 0;  // in Runner::runnable_, while `ready` is not empty
   int finished = 0;
   int first_finished = -1;
 
@@ -99,7 +101,8 @@ class Runner {
   void* closure_ = nullptr;
   std::vector<std::unique_ptr<Block>> blocks_;
   size_t active_blocks_ = 0;
-  std::vector<Thread*> ready_;
+  std::vector<Block*> runnable_;  // blocks with ready threads
+  Block* favourite_ = nullptr;
   std::vector<Thread*> spinning_;
   Thread* current_ = nullptr;
   Context launcher_;

@@ -125,12 +125,12 @@ UNIT_EXPORT shared_overflow(char* error, float* y, int extra) {
   return guarded(error, [&] { PYDL_LAUNCH(shared_overflow_kernel, 1, 32, 0, nullptr, y, extra); });
 }
 UNIT_EXPORT dynamic_overflow(char* error, unsigned char* y, int bytes, int extra) {
-  return guarded(error, [&] {
-    PYDL_LAUNCH(dynamic_overflow_kernel, 1, unsigned(bytes), size_t(bytes), nullptr, y, extra);
-  });
+  return guarded(error,
+                 [&] { PYDL_LAUNCH(dynamic_overflow_kernel, 1, unsigned(bytes), size_t(bytes), nullptr, y, extra); });
 }
 UNIT_EXPORT write_global(char* error, float* y, int n, int extra) {
-  return guarded(error, [&] { PYDL_LAUNCH(write_kernel, unsigned((n + extra) / 64 + 1), 64, 0, nullptr, y, n, extra); });
+  return guarded(error,
+                 [&] { PYDL_LAUNCH(write_kernel, unsigned((n + extra) / 64 + 1), 64, 0, nullptr, y, n, extra); });
 }
 UNIT_EXPORT misaligned(char* error, const float* x, float* y, int step) {
   return guarded(error, [&] { PYDL_LAUNCH(misaligned_kernel, 1, 4, 0, nullptr, x, y, step); });

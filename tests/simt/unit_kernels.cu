@@ -129,9 +129,8 @@ __global__ void widen_kernel(const T* low, float* x, int n) {
 
 template <typename T>
 int shuffle(char* error, const void* x, void* y) {
-  return guarded(error, [&] {
-    PYDL_LAUNCH(shuffle_kernel<T>, 1, 32, 0, nullptr, static_cast<const T*>(x), static_cast<T*>(y));
-  });
+  return guarded(
+      error, [&] { PYDL_LAUNCH(shuffle_kernel<T>, 1, 32, 0, nullptr, static_cast<const T*>(x), static_cast<T*>(y)); });
 }
 
 template <typename T>
@@ -189,9 +188,7 @@ UNIT_EXPORT reverse(char* error, const float* x, float* y, int rows, int n, int 
 }
 
 UNIT_EXPORT sum_rows(char* error, const float* x, float* y, int rows, int n, int threads) {
-  return guarded(error, [&] {
-    PYDL_LAUNCH(block_sum_kernel, unsigned(rows), unsigned(threads), 0, nullptr, x, y, n);
-  });
+  return guarded(error, [&] { PYDL_LAUNCH(block_sum_kernel, unsigned(rows), unsigned(threads), 0, nullptr, x, y, n); });
 }
 
 UNIT_EXPORT atomics(char* error, int* y, unsigned long long* wide, float* sum) {

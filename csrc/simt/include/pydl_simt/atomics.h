@@ -16,23 +16,21 @@ T update(T* address, F next) {
 
 }  // namespace pydl::simt
 
-#define PYDL_SIMT_ATOMIC(name, type, expression)                               \
-  inline type atomic##name(type* address, type value) {                        \
+#define PYDL_SIMT_ATOMIC(name, type, expression)                                                           \
+  inline type atomic##name(type* address, type value) {                                                    \
     return pydl::simt::update(address, [value]([[maybe_unused]] type old) -> type { return expression; }); \
-  }                                                                            \
-  inline type atomic##name##_block(type* address, type value) {                \
-    return atomic##name(address, value);                                       \
-  }
-#define PYDL_SIMT_ATOMIC_INTEGER(type, unsigned_type)                            \
-  PYDL_SIMT_ATOMIC(Add, type, static_cast<type>(static_cast<unsigned_type>(old) + static_cast<unsigned_type>(value)))   \
-  PYDL_SIMT_ATOMIC(Min, type, old < value ? old : value)                         \
-  PYDL_SIMT_ATOMIC(Max, type, old > value ? old : value)                         \
-  PYDL_SIMT_ATOMIC(Exch, type, value)                                            \
-  PYDL_SIMT_ATOMIC(And, type, static_cast<type>(old & value))                                 \
-  PYDL_SIMT_ATOMIC(Or, type, static_cast<type>(old | value))                                  \
-  PYDL_SIMT_ATOMIC(Xor, type, static_cast<type>(old ^ value))                                 \
-  inline type atomicCAS(type* address, type compare, type value) {               \
-    return pydl::simt::update(address, [=](type old) { return old == compare ? value : old; }); \
+  }                                                                                                        \
+  inline type atomic##name##_block(type* address, type value) { return atomic##name(address, value); }
+#define PYDL_SIMT_ATOMIC_INTEGER(type, unsigned_type)                                                                 \
+  PYDL_SIMT_ATOMIC(Add, type, static_cast<type>(static_cast<unsigned_type>(old) + static_cast<unsigned_type>(value))) \
+  PYDL_SIMT_ATOMIC(Min, type, old < value ? old : value)                                                              \
+  PYDL_SIMT_ATOMIC(Max, type, old > value ? old : value)                                                              \
+  PYDL_SIMT_ATOMIC(Exch, type, value)                                                                                 \
+  PYDL_SIMT_ATOMIC(And, type, static_cast<type>(old & value))                                                         \
+  PYDL_SIMT_ATOMIC(Or, type, static_cast<type>(old | value))                                                          \
+  PYDL_SIMT_ATOMIC(Xor, type, static_cast<type>(old ^ value))                                                         \
+  inline type atomicCAS(type* address, type compare, type value) {                                                    \
+    return pydl::simt::update(address, [=](type old) { return old == compare ? value : old; });                       \
   }
 
 PYDL_SIMT_ATOMIC_INTEGER(int, unsigned)

@@ -39,63 +39,54 @@ inline float bfloat16_bits_to_float(uint16_t h) { return bits<float>(uint32_t(h)
 
 }  // namespace pydl::simt
 
-
-#define PYDL_SIMT_HALF(name, name2, to_bits, from_bits)                                \
-  struct name {                                                                        \
-    uint16_t x;                                                                        \
-    name() = default;                                                                  \
-    name(float value) : x(pydl::simt::to_bits(value)) {}                               \
-    operator float() const { return pydl::simt::from_bits(x); }                        \
-  };                                                                                   \
-  struct alignas(4) name2 {                                                            \
-    name x, y;                                                                         \
-  };                                                                                   \
-  inline name operator+(name a, name b) { return name(float(a) + float(b)); }          \
-  inline name operator-(name a, name b) { return name(float(a) - float(b)); }          \
-  inline name operator*(name a, name b) { return name(float(a) * float(b)); }          \
-  inline name operator/(name a, name b) { return name(float(a) / float(b)); }          \
-  inline name operator-(name a) { return name(-float(a)); }                            \
-  inline bool operator==(name a, name b) { return float(a) == float(b); }              \
-  inline bool operator!=(name a, name b) { return float(a) != float(b); }              \
-  inline bool operator<(name a, name b) { return float(a) < float(b); }                \
-  inline bool operator>(name a, name b) { return float(a) > float(b); }                \
-  inline bool operator<=(name a, name b) { return float(a) <= float(b); }              \
-  inline bool operator>=(name a, name b) { return float(a) >= float(b); }              \
-  inline name __hadd(name a, name b) { return a + b; }                                 \
-  inline name __hsub(name a, name b) { return a - b; }                                 \
-  inline name __hmul(name a, name b) { return a * b; }                                 \
-  inline name __hfma(name a, name b, name c) {                                         \
-    return name(float(double(float(a)) * double(float(b)) + double(float(c))));        \
-  }                                                                                    \
-  inline bool __hisnan(name a) { return std::isnan(float(a)); }                        \
-  inline name __hmax(name a, name b) { return name(std::fmax(float(a), float(b))); }   \
-  inline name __hmin(name a, name b) { return name(std::fmin(float(a), float(b))); }   \
-  inline name __hmax_nan(name a, name b) {                                             \
-    return __hisnan(a) || __hisnan(b) ? name(NAN) : __hmax(a, b);                      \
-  }                                                                                    \
-  inline name __hmin_nan(name a, name b) {                                             \
-    return __hisnan(a) || __hisnan(b) ? name(NAN) : __hmin(a, b);                      \
-  }                                                                                    \
-  inline name2 __hadd2(name2 a, name2 b) { return {a.x + b.x, a.y + b.y}; }            \
-  inline name2 __hsub2(name2 a, name2 b) { return {a.x - b.x, a.y - b.y}; }            \
-  inline name2 __hmul2(name2 a, name2 b) { return {a.x * b.x, a.y * b.y}; }            \
-  inline name2 __hfma2(name2 a, name2 b, name2 c) {                                    \
-    return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};                             \
-  }                                                                                    \
-  inline name2 __hmax2(name2 a, name2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; } \
-  inline name2 __hmin2(name2 a, name2 b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; } \
-  inline name2 __hmax2_nan(name2 a, name2 b) {                                         \
-    return {__hmax_nan(a.x, b.x), __hmax_nan(a.y, b.y)};                               \
-  }                                                                                    \
-  inline name hexp(name a) { return name(std::exp(float(a))); }                        \
-  inline name hexp2(name a) { return name(std::exp2(float(a))); }                      \
-  inline name hlog2(name a) { return name(std::log2(float(a))); }                      \
-  inline name hrsqrt(name a) { return name(1.0f / std::sqrt(float(a))); }              \
-  inline name2 h2exp(name2 a) { return {hexp(a.x), hexp(a.y)}; }                       \
-  inline name2 h2exp2(name2 a) { return {hexp2(a.x), hexp2(a.y)}; }                    \
-  inline name __low2half(name2 a) { return a.x; }                                      \
-  inline name __high2half(name2 a) { return a.y; }                                     \
-  inline float __low2float(name2 a) { return float(a.x); }                             \
+#define PYDL_SIMT_HALF(name, name2, to_bits, from_bits)                                                      \
+  struct name {                                                                                              \
+    uint16_t x;                                                                                              \
+    name() = default;                                                                                        \
+    name(float value) : x(pydl::simt::to_bits(value)) {}                                                     \
+    operator float() const { return pydl::simt::from_bits(x); }                                              \
+  };                                                                                                         \
+  struct alignas(4) name2 {                                                                                  \
+    name x, y;                                                                                               \
+  };                                                                                                         \
+  inline name operator+(name a, name b) { return name(float(a) + float(b)); }                                \
+  inline name operator-(name a, name b) { return name(float(a) - float(b)); }                                \
+  inline name operator*(name a, name b) { return name(float(a) * float(b)); }                                \
+  inline name operator/(name a, name b) { return name(float(a) / float(b)); }                                \
+  inline name operator-(name a) { return name(-float(a)); }                                                  \
+  inline bool operator==(name a, name b) { return float(a) == float(b); }                                    \
+  inline bool operator!=(name a, name b) { return float(a) != float(b); }                                    \
+  inline bool operator<(name a, name b) { return float(a) < float(b); }                                      \
+  inline bool operator>(name a, name b) { return float(a) > float(b); }                                      \
+  inline bool operator<=(name a, name b) { return float(a) <= float(b); }                                    \
+  inline bool operator>=(name a, name b) { return float(a) >= float(b); }                                    \
+  inline name __hadd(name a, name b) { return a + b; }                                                       \
+  inline name __hsub(name a, name b) { return a - b; }                                                       \
+  inline name __hmul(name a, name b) { return a * b; }                                                       \
+  inline name __hfma(name a, name b, name c) {                                                               \
+    return name(float(double(float(a)) * double(float(b)) + double(float(c))));                              \
+  }                                                                                                          \
+  inline bool __hisnan(name a) { return std::isnan(float(a)); }                                              \
+  inline name __hmax(name a, name b) { return name(std::fmax(float(a), float(b))); }                         \
+  inline name __hmin(name a, name b) { return name(std::fmin(float(a), float(b))); }                         \
+  inline name __hmax_nan(name a, name b) { return __hisnan(a) || __hisnan(b) ? name(NAN) : __hmax(a, b); }   \
+  inline name __hmin_nan(name a, name b) { return __hisnan(a) || __hisnan(b) ? name(NAN) : __hmin(a, b); }   \
+  inline name2 __hadd2(name2 a, name2 b) { return {a.x + b.x, a.y + b.y}; }                                  \
+  inline name2 __hsub2(name2 a, name2 b) { return {a.x - b.x, a.y - b.y}; }                                  \
+  inline name2 __hmul2(name2 a, name2 b) { return {a.x * b.x, a.y * b.y}; }                                  \
+  inline name2 __hfma2(name2 a, name2 b, name2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; } \
+  inline name2 __hmax2(name2 a, name2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }                    \
+  inline name2 __hmin2(name2 a, name2 b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; }                    \
+  inline name2 __hmax2_nan(name2 a, name2 b) { return {__hmax_nan(a.x, b.x), __hmax_nan(a.y, b.y)}; }        \
+  inline name hexp(name a) { return name(std::exp(float(a))); }                                              \
+  inline name hexp2(name a) { return name(std::exp2(float(a))); }                                            \
+  inline name hlog2(name a) { return name(std::log2(float(a))); }                                            \
+  inline name hrsqrt(name a) { return name(1.0f / std::sqrt(float(a))); }                                    \
+  inline name2 h2exp(name2 a) { return {hexp(a.x), hexp(a.y)}; }                                             \
+  inline name2 h2exp2(name2 a) { return {hexp2(a.x), hexp2(a.y)}; }                                          \
+  inline name __low2half(name2 a) { return a.x; }                                                            \
+  inline name __high2half(name2 a) { return a.y; }                                                           \
+  inline float __low2float(name2 a) { return float(a.x); }                                                   \
   inline float __high2float(name2 a) { return float(a.y); }
 
 PYDL_SIMT_HALF(__half, __half2, float_to_half_bits, half_bits_to_float)

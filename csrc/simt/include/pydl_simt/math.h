@@ -102,8 +102,8 @@ inline int __float2int_rd(float x) { return int(std::floor(x)); }
 inline int __float2int_ru(float x) { return int(std::ceil(x)); }
 inline float __int2float_rn(int x) { return float(x); }
 
-#define PYDL_SIMT_MINMAX(type)                                    \
-  inline type min(type a, type b) { return b < a ? b : a; }       \
+#define PYDL_SIMT_MINMAX(type)                              \
+  inline type min(type a, type b) { return b < a ? b : a; } \
   inline type max(type a, type b) { return a < b ? b : a; }
 PYDL_SIMT_MINMAX(int)
 PYDL_SIMT_MINMAX(unsigned)

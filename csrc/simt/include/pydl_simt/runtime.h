@@ -16,9 +16,7 @@ struct Site {
   const char* file;
   int line;
 
-  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    return {file, line};
-  }
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
 class Error : public std::runtime_error {

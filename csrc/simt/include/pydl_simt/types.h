@@ -20,25 +20,13 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-#define PYDL_SIMT_VECTOR(type, name)                          \
-  struct alignas(2 * sizeof(type)) name##2 {                  \
-    type x, y;                                                \
-  };                                                          \
-  struct name##3 {                                            \
-    type x, y, z;                                             \
-  };                                                          \
-  struct alignas(sizeof(type) < 4 ? 4 * sizeof(type) : 16) name##4 { \
-    type x, y, z, w;                                          \
-  };                                                          \
-  inline name##2 make_##name##2(type x, type y) {             \
-    return {x, y};                                            \
-  }                                                           \
-  inline name##3 make_##name##3(type x, type y, type z) {     \
-    return {x, y, z};                                         \
-  }                                                           \
-  inline name##4 make_##name##4(type x, type y, type z, type w) { \
-    return {x, y, z, w};                                      \
-  }
+#define PYDL_SIMT_VECTOR(type, name)                                                     \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                               \
+  struct name##3 { type x, y, z; };                                                      \
+  struct alignas(sizeof(type) < 4 ? 4 * sizeof(type) : 16) name##4 { type x, y, z, w; }; \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                       \
+  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }            \
+  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 
 PYDL_SIMT_VECTOR(unsigned, uint)
 PYDL_SIMT_VECTOR(signed char, char)

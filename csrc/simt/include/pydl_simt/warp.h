@@ -101,15 +101,11 @@ T reduce(unsigned mask, T value, Site site, F combine) {
 
 inline void resolve_nothing(void**, unsigned) {}
 
-inline int segment(int width) {
-  return lane_id() & ~(width - 1);
-}
+inline int segment(int width) { return lane_id() & ~(width - 1); }
 
 }  // namespace pydl::simt
 
-inline void __syncthreads(pydl::simt::Site site = pydl::simt::Site::here()) {
-  pydl::simt::block_barrier(site, false);
-}
+inline void __syncthreads(pydl::simt::Site site = pydl::simt::Site::here()) { pydl::simt::block_barrier(site, false); }
 
 inline int __syncthreads_count(int predicate, pydl::simt::Site site = pydl::simt::Site::here()) {
   return pydl::simt::block_barrier(site, predicate != 0).count;
@@ -167,9 +163,7 @@ inline int __all_sync(unsigned mask, int predicate, pydl::simt::Site site = pydl
 }
 
 // On a GPU this is the set of lanes that happen to be converged; here, all that have not returned.
-inline unsigned __activemask() {
-  return pydl::simt::live_lanes();
-}
+inline unsigned __activemask() { return pydl::simt::live_lanes(); }
 
 template <typename T>
 unsigned __match_any_sync(unsigned mask, T value, pydl::simt::Site site = pydl::simt::Site::here()) {
@@ -181,10 +175,9 @@ unsigned __match_any_sync(unsigned mask, T value, pydl::simt::Site site = pydl::
   return equal;
 }
 
-#define PYDL_SIMT_REDUCE(name, type, expression)                                                         \
-  inline type __reduce_##name##_sync(unsigned mask, type value,                                          \
-                                     pydl::simt::Site site = pydl::simt::Site::here()) {                 \
-    return pydl::simt::reduce(mask, value, site, [](type a, type b) -> type { return expression; });     \
+#define PYDL_SIMT_REDUCE(name, type, expression)                                                                    \
+  inline type __reduce_##name##_sync(unsigned mask, type value, pydl::simt::Site site = pydl::simt::Site::here()) { \
+    return pydl::simt::reduce(mask, value, site, [](type a, type b) -> type { return expression; });                \
   }
 PYDL_SIMT_REDUCE(add, unsigned, a + b)
 PYDL_SIMT_REDUCE(add, int, int(unsigned(a) + unsigned(b)))
@@ -192,7 +185,7 @@ PYDL_SIMT_REDUCE(min, unsigned, a < b ? a : b)
 PYDL_SIMT_REDUCE(min, int, a < b ? a : b)
 PYDL_SIMT_REDUCE(max, unsigned, a > b ? a : b)
 PYDL_SIMT_REDUCE(max, int, a > b ? a : b)
-PYDL_SIMT_REDUCE(and, unsigned, a & b)
+PYDL_SIMT_REDUCE(and, unsigned, a& b)
 PYDL_SIMT_REDUCE(or, unsigned, a | b)
 PYDL_SIMT_REDUCE(xor, unsigned, a ^ b)
 #undef PYDL_SIMT_REDUCE
