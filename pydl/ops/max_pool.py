@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from pydl.backend import Family, choose
 from pydl.ops._contract import Op, wants
@@ -83,8 +85,10 @@ def _pair(name: str, value: _Ints) -> list[int]:
     if type(value) is int:
         return [value, value]
     values = list(value) if isinstance(value, (tuple, list)) else [value]
-    if not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values):
+    if any(isinstance(v, bool) or not (isinstance(v, torch.SymInt) or hasattr(v, "__index__")) for v in values):
         raise TypeError(f"max_pool2d: argument {name!r} must be an int or a tuple of two ints, got {value!r}")
+    # NumPy's integers count too
+    values = [v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in values]  # type: ignore[arg-type]
     if len(values) not in (1, 2):
         raise RuntimeError(f"max_pool2d: argument {name!r} must be an int or a tuple of two ints, got {value!r}")
     return [values[0], values[-1]]  # type: ignore[list-item]
@@ -104,6 +108,8 @@ def _check(
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     if not isinstance(input, Tensor):
         raise TypeError(f"max_pool2d: argument 'input' must be a Tensor, got {type(input).__name__}")
+    if type(ceil_mode) is not bool:
+        raise TypeError(f"max_pool2d: argument 'ceil_mode' must be a bool, got {ceil_mode!r}")
     k = _pair("kernel_size", kernel_size)
     s = k if stride is None or (isinstance(stride, (tuple, list)) and not stride) else _pair("stride", stride)
     p, d = _pair("padding", padding), _pair("dilation", dilation)
@@ -130,7 +136,8 @@ def _check(
 
 
 def _channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    """Whether the strides descend in the order N, H, W, C: by this torch and the kernels choose the layout."""
+    return suggest_memory_format(x) is torch.channels_last
 
 
 def _empty_planes(x: Tensor, like: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
