@@ -35,24 +35,24 @@ inline constexpr bool is_same<A, A> = true;
 }  // namespace pydl
 
 // Runs the statement with T bound to the element type of a floating dtype; nothing for the others.
-#define PYDL_FLOAT_SWITCH(dtype, ...)  \
-  switch (dtype) {                     \
-    case ::pydl::Dtype::kFloat: {      \
-      using T = float;                 \
-      __VA_ARGS__;                     \
-    } break;                           \
-    case ::pydl::Dtype::kDouble: {     \
-      using T = double;                \
-      __VA_ARGS__;                     \
-    } break;                           \
-    case ::pydl::Dtype::kHalf: {       \
-      using T = ::pydl::Half;          \
-      __VA_ARGS__;                     \
-    } break;                           \
-    case ::pydl::Dtype::kBFloat16: {   \
-      using T = ::pydl::BFloat16;      \
-      __VA_ARGS__;                     \
-    } break;                           \
-    default:                           \
-      break;                           \
+#define PYDL_FLOAT_SWITCH(dtype, ...) \
+  switch (dtype) {                    \
+    case ::pydl::Dtype::kFloat: {     \
+      using T = float;                \
+      __VA_ARGS__;                    \
+    } break;                          \
+    case ::pydl::Dtype::kDouble: {    \
+      using T = double;               \
+      __VA_ARGS__;                    \
+    } break;                          \
+    case ::pydl::Dtype::kHalf: {      \
+      using T = ::pydl::Half;         \
+      __VA_ARGS__;                    \
+    } break;                          \
+    case ::pydl::Dtype::kBFloat16: {  \
+      using T = ::pydl::BFloat16;     \
+      __VA_ARGS__;                    \
+    } break;                          \
+    default:                          \
+      break;                          \
   }

@@ -1,5 +1,5 @@
-// What the host functions of CPU ops share: reading tensors and allocating them through the stable shim. Included at ISA
-// level 0 only.
+// What the host functions of CPU ops share: reading tensors and allocating them through the stable shim. Included at
+// ISA level 0 only.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -29,11 +29,10 @@ struct DtypeRow {
   const char* name;
 };
 inline const DtypeRow* dtype_rows() {
-  static const DtypeRow rows[] = {
-      {aoti_torch_dtype_float32(), "float32"},   {aoti_torch_dtype_float64(), "float64"},
-      {aoti_torch_dtype_float16(), "float16"},   {aoti_torch_dtype_bfloat16(), "bfloat16"},
-      {aoti_torch_dtype_uint8(), "uint8"},       {aoti_torch_dtype_int64(), "int64"},
-      {-1, "a dtype that this op does not take"}};
+  static const DtypeRow rows[] = {{aoti_torch_dtype_float32(), "float32"},   {aoti_torch_dtype_float64(), "float64"},
+                                  {aoti_torch_dtype_float16(), "float16"},   {aoti_torch_dtype_bfloat16(), "bfloat16"},
+                                  {aoti_torch_dtype_uint8(), "uint8"},       {aoti_torch_dtype_int64(), "int64"},
+                                  {-1, "a dtype that this op does not take"}};
   return rows;
 }
 inline const char* name_of(Dtype dtype) { return dtype_rows()[int(dtype)].name; }
@@ -47,7 +46,8 @@ inline bool is_floating(Dtype dtype) { return dtype <= Dtype::kBFloat16; }
 inline Dtype compute_dtype(Dtype dtype) { return dtype == Dtype::kDouble ? Dtype::kDouble : Dtype::kFloat; }
 inline int64_t size_of(Dtype dtype) { return int64_t(aoti_torch_dtype_element_size(code_of(dtype))); }
 
-// A tensor's metadata, read once: every question to a stable Tensor is a call into libtorch. Valid while the tensor lives.
+// A tensor's metadata, read once: every question to a stable Tensor is a call into libtorch. Valid while the tensor
+// lives.
 struct Array {
   explicit Array(const Tensor& tensor) {
     AtenTensorHandle handle = tensor.get();
@@ -88,8 +88,8 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return Array(tensor).contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// An uninitialised CPU tensor and its memory. torch's fill_uninitialized_memory does not reach the shim's allocation, so
-// the environment variable PYDL_POISON_MEMORY=1 (read at the first call) fills it with NaN for tests.
+// An uninitialised CPU tensor and its memory. torch's fill_uninitialized_memory does not reach the shim's allocation,
+// so the environment variable PYDL_POISON_MEMORY=1 (read at the first call) fills it with NaN for tests.
 struct Output {
   Tensor tensor;
   void* data;
@@ -134,7 +134,8 @@ inline Output empty(const int64_t* sizes, int64_t dim, Dtype dtype) {
 // Scratch memory of one call, aligned for every vector.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : memory_(bytes > 0 ? std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64) : nullptr) {
+  explicit Scratch(int64_t bytes)
+      : memory_(bytes > 0 ? std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64) : nullptr) {
     STD_TORCH_CHECK(bytes <= 0 || memory_ != nullptr, "pydl: out of memory for ", bytes, " bytes of scratch");
   }
   ~Scratch() { std::free(memory_); }

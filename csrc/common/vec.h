@@ -166,7 +166,8 @@ inline void store_raw(void* p, V v, Part part) {
     __builtin_memcpy(p, &v, size_t(part.n) * sizeof(V{}[0]));
 }
 
-// The AVX-512 intrinsics without a mask make g++ 12 warn of uninitialised values; with a full mask the code is the same.
+// The AVX-512 intrinsics without a mask make g++ 12 warn of uninitialised values; with a full mask the code is the
+// same.
 using Bits16 = VecN<uint16_t, kLanes<float>>;  // as many 16-bit elements as fp32 lanes
 using Bits32 = Vec<uint32_t>;
 
@@ -236,8 +237,8 @@ inline void store(T* p, Vec<compute_t<T>> v) {
   store(p, v, Whole{});
 }
 
-// Calls f(i, slot, extent) for the vectors of n elements of type C. The slot runs 0..3 so that a reduction can keep four
-// independent sums.
+// Calls f(i, slot, extent) for the vectors of n elements of type C. The slot runs 0..3 so that a reduction can keep
+// four independent sums.
 template <class C, class F>
 inline __attribute__((always_inline)) void sweep(int64_t n, F&& f) {
   constexpr int L = kLanes<C>;
@@ -308,6 +309,39 @@ inline Mask<float> equal(Vec<int32_t> a, Vec<int32_t> b) { return a == b; }
 inline Mask<double> equal(Vec<int64_t> a, Vec<int64_t> b) { return a == b; }
 inline Mask<float> join(Mask<double> low, Mask<double> high);
 #endif
+
+// Small unsigned integers as wide as C, read from and written to bytes (the compilers' own conversions are slow here).
+template <class C, class Extent>
+inline IntVec<C> load_bytes(const uint8_t* p, Extent extent) {
+  typedef VecN<uint8_t, kLanes<C>> Bytes;
+  const Bytes bytes = load_raw(p, extent, Bytes{});
+#if PYDL_VEC_BYTES == 16 && !defined(__SSE4_1__)
+  return __builtin_convertvector(bytes, IntVec<C>);
+#else
+  __m128i wide = {};
+  __builtin_memcpy(&wide, &bytes, sizeof(bytes));
+#if PYDL_VEC_BYTES == 64
+  if constexpr (sizeof(C) == 4) return (IntVec<C>)_mm512_maskz_cvtepu8_epi32(-1, wide);
+  if constexpr (sizeof(C) == 8) return (IntVec<C>)_mm512_maskz_cvtepu8_epi64(-1, wide);
+#elif PYDL_VEC_BYTES == 32
+  if constexpr (sizeof(C) == 4) return (IntVec<C>)_mm256_cvtepu8_epi32(wide);
+  if constexpr (sizeof(C) == 8) return (IntVec<C>)_mm256_cvtepu8_epi64(wide);
+#else
+  if constexpr (sizeof(C) == 4) return (IntVec<C>)_mm_cvtepu8_epi32(wide);
+  if constexpr (sizeof(C) == 8) return (IntVec<C>)_mm_cvtepu8_epi64(wide);
+#endif
+#endif
+}
+template <class C, class Extent>
+inline void store_bytes(uint8_t* p, IntVec<C> values, Extent extent) {
+#if PYDL_VEC_BYTES == 64
+  if constexpr (sizeof(C) == 4) {
+    store_raw(p, (VecN<uint8_t, 16>)_mm512_maskz_cvtepi32_epi8(-1, (__m512i)values), extent);
+    return;
+  }
+#endif
+  store_raw(p, __builtin_convertvector(values, VecN<uint8_t, kLanes<C>>), extent);
+}
 
 // One truth value per lane of Vec<C>: whether the 64-bit integer at p equals value. Missing lanes are undefined.
 template <class C, class Extent>
@@ -398,8 +432,8 @@ inline lane_t<V> sum(V v) {
   }
 }
 template <class V>
-inline lane_t<V> sum(const V (&parts)[4]) {
-  return sum<V>((parts[0] + parts[1]) + (parts[2] + parts[3]));
+inline V add_up(const V (&parts)[4]) {
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-#include "common/isa.h"
-
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+
+#include "common/isa.h"
 
 namespace pydl {
 namespace {

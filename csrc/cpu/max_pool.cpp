@@ -1,9 +1,9 @@
 // Max pooling, forward. NaN propagates; the first maximum of a window wins, and of several NaN the last, as in torch.
 //
 // Contiguous layout: each input row is first pooled along its width (vectorised over output columns), the results then
-// along the height; both passes visit taps in ascending order with a strict comparison, so the tap that wins is the first
-// in row-major order. Before that a row is copied into a buffer that is padded with -inf and split into `stride` phases,
-// so that the taps of neighbouring outputs are neighbours and no pass knows about borders or strides.
+// along the height; both passes visit taps in ascending order with a strict comparison, so the tap that wins is the
+// first in row-major order. Before that a row is copied into a buffer that is padded with -inf and split into `stride`
+// phases, so that the taps of neighbouring outputs are neighbours and no pass knows about borders or strides.
 
 #include "cpu/max_pool_window.h"
 
@@ -293,9 +293,8 @@ Pooled max_pool_fwd(const Tensor& x_in, const PoolShape& s, bool with_indices, b
   // Windows that are mostly padding, or more taps than the kernels number, are not worth a vector.
   const int64_t taps = s.h.kernel * s.w.kernel;
   if (taps > 65536 || s.w.padding > s.w.in + 64) {
-    host::parallel(outputs, inner_window(s), [&](int64_t begin, int64_t end) {
-      PYDL_CPU_DISPATCH(max_pool_outputs)(a, begin, end);
-    });
+    host::parallel(outputs, inner_window(s),
+                   [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_outputs)(a, begin, end); });
     return out;
   }
   Sizes flat_tap;

@@ -60,9 +60,7 @@ using host::Tensor;
 inline bool offsets_fit(const PoolShape& s) { return s.h.kernel * s.w.kernel <= 255; }
 
 // Taps of a window that can lie inside the input: the work behind an output.
-inline int64_t inner_window(const PoolShape& s) {
-  return std::min(s.h.kernel, s.h.in) * std::min(s.w.kernel, s.w.in);
-}
+inline int64_t inner_window(const PoolShape& s) { return std::min(s.h.kernel, s.h.in) * std::min(s.w.kernel, s.w.in); }
 
 inline PoolDim pool_dim(const char* op, int64_t in, int d, const Sizes& kernel, const Sizes& stride,
                         const Sizes& padding, const Sizes& dilation) {

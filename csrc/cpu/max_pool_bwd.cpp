@@ -21,6 +21,7 @@ class Resolver {
       const bool exists = tap < s.h.kernel * s.w.kernel;
       row_[tap] = exists ? tap / s.w.kernel * s.h.dilation : kNowhere;
       col_[tap] = exists ? tap % s.w.kernel * s.w.dilation : kNowhere;
+      step_[tap] = exists ? int64_t(uint64_t(row_[tap]) * uint64_t(w_) + uint64_t(col_[tap])) : kNowhere;
     }
   }
   // Position in the plane for a window with its origin at (top, left), -1 if outside.
@@ -28,6 +29,10 @@ class Resolver {
     const int64_t row = top + row_[tap], col = left + col_[tap];
     return uint64_t(row) < uint64_t(h_) && uint64_t(col) < uint64_t(w_) ? row * w_ + col : -1;
   }
+  // The same for a window that lies inside the input as a whole.
+  int64_t inside(uint8_t tap, int64_t top, int64_t left) const { return top * w_ + left + step_[tap]; }
+  int64_t inside(int64_t flat, int64_t top, int64_t left) const { return (*this)(flat, top, left); }
+
   int64_t operator()(int64_t flat, int64_t top, int64_t left) const {
     if (uint64_t(flat) >= uint64_t(h_ * w_)) return -1;
     // A window whose taps all miss the input has a position in padding, which may look like another row's.
@@ -43,10 +48,20 @@ class Resolver {
   static constexpr int64_t kNowhere = -(int64_t(1) << 62);
   int64_t h_, w_, step_h_, step_w_;
   bool gaps_;
-  int64_t row_[256], col_[256];
+  int64_t row_[256], col_[256], step_[256];
 };
 
 inline int64_t window_start(const PoolDim& d, int64_t o) { return o * d.stride - d.padding; }
+
+// Outputs [first, last) whose windows lie inside the input as a whole.
+struct Interior {
+  int64_t first, last;
+};
+inline Interior interior(const PoolDim& d) {
+  const int64_t first = smaller(ceil_div(d.padding, d.stride), d.out);
+  const int64_t last = floor_div(d.in - 1 - (d.kernel - 1) * d.dilation + d.padding, d.stride) + 1;
+  return {first, larger(first, smaller(last, d.out))};
+}
 
 // ---- backward, contiguous layout
 
@@ -56,18 +71,23 @@ void scatter_planes(const PoolBwd& a, C* sums, int64_t begin, int64_t end) {
   const PoolShape& s = a.shape;
   const int64_t outputs = s.h.out * s.w.out, inputs = s.h.in * s.w.in;
   const Resolver resolve(s, a.flat);
+  const Interior rows = interior(s.h), cols = interior(s.w);
   for (int64_t plane = begin; plane < end; ++plane) {
     const T* dy = static_cast<const T*>(a.dy) + plane * outputs;
     const I* index = static_cast<const I*>(a.indices) + plane * outputs;
     T* dx = static_cast<T*>(a.dx) + plane * inputs;
     if constexpr (is_same<T, C>) sums = dx;
     sweep<C>(inputs, [&](int64_t i, int, auto extent) { store(sums + i, Vec<C>{}, extent); });
-    for (int64_t oh = 0; oh < s.h.out; ++oh) {
+    const auto add = [&](int64_t position, T value) {
+      if (position >= 0) sums[position] += to_compute(value);
+    };
+    for (int64_t oh = 0; oh < s.h.out; ++oh, dy += s.w.out, index += s.w.out) {
       const int64_t top = window_start(s.h, oh);
-      for (int64_t ow = 0; ow < s.w.out; ++ow, ++dy, ++index) {
-        const int64_t position = resolve(*index, top, window_start(s.w, ow));
-        if (position >= 0) sums[position] += to_compute(*dy);
-      }
+      const bool row_inside = oh >= rows.first && oh < rows.last;
+      const int64_t first = row_inside ? cols.first : s.w.out, last = row_inside ? cols.last : s.w.out;
+      for (int64_t ow = 0; ow < first; ++ow) add(resolve(index[ow], top, window_start(s.w, ow)), dy[ow]);
+      for (int64_t ow = first; ow < last; ++ow) add(resolve.inside(index[ow], top, window_start(s.w, ow)), dy[ow]);
+      for (int64_t ow = last; ow < s.w.out; ++ow) add(resolve(index[ow], top, window_start(s.w, ow)), dy[ow]);
     }
     if constexpr (!is_same<T, C>) {
       sweep<C>(inputs, [&](int64_t i, int, auto extent) { store(dx + i, load(sums + i, extent), extent); });
@@ -95,8 +115,7 @@ inline int64_t tap_at(const PoolDim& d, int64_t o, int64_t in) {
 
 template <class C, class Extent>
 inline Mask<C> points_to(const uint8_t* index, int64_t tap, Extent extent) {
-  typedef VecN<uint8_t, kLanes<C>> Bytes;
-  return equal(__builtin_convertvector(load_raw(index, extent, Bytes{}), IntVec<C>), splat(int_t<C>(tap)));
+  return equal(load_bytes<C>(index, extent), splat(int_t<C>(tap)));
 }
 template <class C, class Extent>
 inline Mask<C> points_to(const int64_t* index, int64_t position, Extent extent) {
@@ -139,6 +158,7 @@ void gather_rows(const PoolBwd& a, int64_t begin, int64_t end) {
     for (int64_t iw = 0; iw < s.w.in; ++iw) {
       const Covering cols = covering(s.w, iw);
       int64_t c = 0;
+      for (; c + 16 * L <= s.channels; c += 16 * L) gather_channels<16, I, T, C>(a, n, ih, iw, rows, cols, c, Whole{});
       for (; c + 4 * L <= s.channels; c += 4 * L) gather_channels<4, I, T, C>(a, n, ih, iw, rows, cols, c, Whole{});
       for (; c + L <= s.channels; c += L) gather_channels<1, I, T, C>(a, n, ih, iw, rows, cols, c, Whole{});
       if (c < s.channels) gather_channels<1, I, T, C>(a, n, ih, iw, rows, cols, c, Part{s.channels - c});
@@ -220,8 +240,8 @@ PoolShape index_shape(const char* op, const Array& indices, int64_t height, int6
   STD_TORCH_CHECK(indices.dim == 4, op, ": indices must have 4 dimensions, got ", indices.dim);
   STD_TORCH_CHECK(indices.dtype == Dtype::kUInt8 || indices.dtype == Dtype::kInt64, op,
                   ": indices must be uint8 or int64");
-  STD_TORCH_CHECK(height > 0 && width > 0 && height <= INT64_MAX / width, op, ": height and width must be positive, got ",
-                  height, " and ", width);
+  STD_TORCH_CHECK(height > 0 && width > 0 && height <= INT64_MAX / width, op,
+                  ": height and width must be positive, got ", height, " and ", width);
   PoolShape s{indices.sizes[0], indices.sizes[1], pool_dim(op, height, 0, kernel, stride, padding, dilation),
               pool_dim(op, width, 1, kernel, stride, padding, dilation), like_channels_last(indices)};
   s.h.out = indices.sizes[2];

@@ -43,6 +43,9 @@ void channels_last_rows(const PoolFwd& a, int64_t begin, int64_t end) {
       const T* x = static_cast<const T*>(a.x) + (empty ? 0 : ((n * s.h.in + ih) * s.w.in + iw) * s.channels);
       const int64_t window = top * s.w.in + left;
       int64_t c = 0;
+      for (; c + 16 * L <= s.channels; c += 16 * L) {
+        pool_channels<16, INDEX, T, C>(a, x + c, rows, cols, position + c, window, Whole{});
+      }
       for (; c + 4 * L <= s.channels; c += 4 * L) {
         pool_channels<4, INDEX, T, C>(a, x + c, rows, cols, position + c, window, Whole{});
       }

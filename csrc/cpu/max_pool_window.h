@@ -52,11 +52,6 @@ inline IntVec<C> splat_int(int64_t value) {
   return splat<int_t<C>>(int_t<C>(value));
 }
 
-template <class C, class Extent>
-inline void store_offsets(uint8_t* out, IntVec<C> taps, Extent extent) {
-  store_raw(out, __builtin_convertvector(taps, VecN<uint8_t, kLanes<C>>), extent);
-}
-
 template <class C>
 inline int64_t lanes_in(Whole) {
   return kLanes<C>;
@@ -71,7 +66,7 @@ template <class C, class Extent>
 inline void store_indices(const PoolFwd& a, int64_t position, int64_t window, int64_t step, IntVec<C> taps,
                           Extent extent) {
   if (!a.flat) {
-    store_offsets<C>(static_cast<uint8_t*>(a.indices) + position, taps, extent);
+    store_bytes<C>(static_cast<uint8_t*>(a.indices) + position, taps, extent);
   } else {
     int64_t* out = static_cast<int64_t*>(a.indices) + position;
     for (int64_t i = 0; i < lanes_in<C>(extent); ++i) out[i] = window + i * step + a.flat_tap[taps[i]];
