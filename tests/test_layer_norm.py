@@ -268,8 +268,12 @@ def bad(**changes):
         (bad(input=torch.zeros(2, 3, dtype=torch.int64)), ["layer_norm", "int64"]),
         (bad(normalized_shape="3"), ["layer_norm", "normalized_shape", "str"]),
         (bad(weight=torch.ones(3, dtype=torch.float16)), ["layer_norm", "weight", "float16"]),
+        (bad(normalized_shape=3), ["layer_norm", "normalized_shape", "int"]),
+        (bad(normalized_shape=("3",)), ["layer_norm", "normalized_shape", "'3'"]),
+        (bad(normalized_shape=None), ["layer_norm", "normalized_shape", "None"]),
     ],
-    ids=["shape", "empty shape", "rank", "weight", "bias", "list", "number", "integers", "string", "weight dtype"],
+    ids=["shape", "empty shape", "rank", "weight", "bias", "list", "number", "integers", "string", "weight dtype"]
+    + ["int", "tuple of strings", "None"],
 )
 def test_errors_are_torchs(arguments, says):
     check_same_error(ops.layer_norm, F.layer_norm, says=says, **arguments)

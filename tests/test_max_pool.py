@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -24,11 +25,11 @@ from _checks import (
 
 import pydl
 from pydl import ops
-from pydl.reference.max_pool import cases, max_pool2d, max_pool2d_grad, output_size
+from pydl.reference.max_pool import cases, max_pool2d, max_pool2d_grad
 
 OP = "max_pool2d"
 CASES = {case.name: case for case in cases()}
-NATIVE = ("torch",)
+TORCH = ("torch",)
 NAN, INF = float("nan"), float("inf")
 NAMESPACES = {"cpu": torch.ops.pydl, "cuda": torch.ops.pydl, "simt": torch.ops.pydl_simt}
 CHANNELS_LAST = torch.channels_last
@@ -66,7 +67,7 @@ def grid():
             yield k, s, p, d, ceil_mode
 
 
-@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=NATIVE))
+@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
 def test_grid_of_windows(backend, memory_format):
     # 5 channels: a partial vector; 9 x 7: odd and not square; rounded values: ties everywhere
@@ -131,7 +132,7 @@ def test_which_tap_wins(backend, memory_format, plane, place):
     assert torch.equal(dx.flatten(2), expected.expand(2, 17, 4))
 
 
-@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=NATIVE))
+@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
 def test_a_window_with_no_tap_inside(backend):
     # H = 1, k = 2, p = 1, d = 2: rows -1 and 1 are both outside; torch answers -inf and an index outside the plane
     x = torch.ones(1, 3, 1, 4, device=backend.device, requires_grad=True)
@@ -141,7 +142,7 @@ def test_a_window_with_no_tap_inside(backend):
     assert not dx.any()
 
 
-@pytest.mark.parametrize("backend", backends_for(OP, torch.float16, without=NATIVE))
+@pytest.mark.parametrize("backend", backends_for(OP, torch.float16, without=TORCH))
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
 def test_gradients_of_low_precision_are_summed_in_float32(backend, low):
     # 49 windows share one maximum; adding 1/16 to a sum near 200 one by one would stop in bfloat16
@@ -183,7 +184,7 @@ def test_gradient_penalty_through_a_pool(backend):
 # layouts and edge sizes
 
 
-@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(OP, without=NATIVE))
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(OP, without=TORCH))
 def test_layouts(backend, dtype):
     check_layouts(backend, dtype, CASES["k3 s2 p1"])
 
@@ -236,11 +237,12 @@ def test_unbatched_and_empty(backend):
     assert torch.autograd.grad(y.sum(), empty)[0].shape == empty.shape
 
 
-@pytest.mark.parametrize("backend", backends_for(OP, torch.float32))
-def test_stride_may_be_left_out(backend):
-    x = torch.randn(1, 1, 6, 6, device=backend.device)
-    for stride in (None, [], ()):
-        assert_same_bits(backend(x, 2, stride), F.max_pool2d(x, 2, stride))
+def test_arguments_as_torch_takes_them():
+    x = torch.randn(1, 1, 6, 6)
+    for stride in (None, [], (), (2,), 2):
+        assert_same_bits(ops.max_pool2d(x, 2, stride), F.max_pool2d(x, 2))
+    for two in (np.int64(2), np.uint8(2), torch.tensor(2), (np.int32(2), 2), [2]):
+        assert_same_bits(ops.max_pool2d(x, two), F.max_pool2d(x, 2))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -258,10 +260,25 @@ def test_every_thread_count_gives_the_same_bits(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
+@pytest.mark.no_poison
+@pytest.mark.skipif(os.environ.get("PYDL_TEST_LARGE") != "1", reason="two minutes and 12 GB: set PYDL_TEST_LARGE=1")
+@pytest.mark.parametrize("backend", backends_for(OP, torch.float16, without=(*TORCH, "simt")))
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
+def test_more_elements_than_an_int_counts(backend, memory_format):
+    # 2^31 + 2^16 elements; all zero but the last of the last channel, whose address a 32-bit sum would wrap
+    x = torch.empty(1, 2, 2**15, 2**15 + 1, dtype=torch.float16, device=backend.device, memory_format=memory_format)
+    x.zero_()[0, 1, -1, -2] = 3
+    y = backend(x.requires_grad_(), 2)
+    assert y[0, 1, -1, -1] == 3 and y.count_nonzero() == 1
+    (dx,) = torch.autograd.grad(y, x, y.detach())
+    assert dx[0, 1, -1, -2] == 3 and dx.count_nonzero() == 1
+
+
 # which operator runs
 
 
-@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=NATIVE))
+@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
 def test_no_indices_are_made_when_nobody_needs_them(backend):
     x = torch.randn(1, 2, 6, 6, device=backend.device)
     with ops_called() as called:
@@ -276,7 +293,7 @@ def test_no_indices_are_made_when_nobody_needs_them(backend):
     assert {"max_pool2d_with_indices", "max_pool2d_bwd"} <= set(called.pydl())
 
 
-@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=NATIVE))
+@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
 def test_offsets_are_bytes_where_the_window_allows(backend):
     op = NAMESPACES[backend.name].max_pool2d_with_indices
     x = distinct(1, 3, 16, 16, device=backend.device).contiguous(memory_format=CHANNELS_LAST)
@@ -291,7 +308,7 @@ def test_offsets_are_bytes_where_the_window_allows(backend):
     assert torch.equal(places, flat)
 
 
-@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=NATIVE))
+@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
 def test_indices_from_elsewhere_never_leave_the_planes(backend, dtype):
     # the raw operators can be called with anything: what points outside is dropped, and memory beside stays as it is
@@ -321,7 +338,6 @@ def test_indices_from_elsewhere_never_leave_the_planes(backend, dtype):
         (dict(input=torch.zeros(1, 0, 8, 8), kernel_size=2), ["max_pool2d", "input", "[1, 0, 8, 8]"]),
         (dict(input=torch.zeros(1, 1, 0, 8), kernel_size=2), ["max_pool2d", "input", "[1, 1, 0, 8]"]),
         (dict(kernel_size=0), ["max_pool2d", "kernel_size", "0"]),
-        (dict(kernel_size=-1), ["max_pool2d", "kernel_size", "-1"]),
         (dict(kernel_size=2, stride=0), ["max_pool2d", "stride", "0"]),
         (dict(kernel_size=2, dilation=0), ["max_pool2d", "dilation", "0"]),
         (dict(kernel_size=2, padding=-1), ["max_pool2d", "padding", "-1"]),
@@ -332,13 +348,11 @@ def test_indices_from_elsewhere_never_leave_the_planes(backend, dtype):
         (dict(kernel_size=(2, 2, 2)), ["max_pool2d", "kernel_size", "(2, 2, 2)"]),
         (dict(kernel_size=2.5), ["max_pool2d", "kernel_size", "2.5"]),
         (dict(kernel_size="2"), ["max_pool2d", "kernel_size", "'2'"]),
+        (dict(kernel_size=True), ["max_pool2d", "kernel_size", "True"]),
+        (dict(kernel_size=2, ceil_mode=1), ["max_pool2d", "ceil_mode", "1"]),
         (dict(input=[[1.0]], kernel_size=1), ["max_pool2d", "input", "list"]),
     ],
-    ids=lambda v: (
-        ",".join(f"{k}={tuple(a.shape) if isinstance(a, torch.Tensor) else a}" for k, a in v.items())
-        if isinstance(v, dict)
-        else ""
-    ),
+    ids=lambda v: ",".join(v),
 )
 def test_errors_are_torchs(arguments, says):
     arguments = {"input": torch.zeros(1, 1, 8, 8), **arguments}
@@ -364,7 +378,7 @@ def test_huge_arguments_are_refused_not_crashed():
     assert ops.max_pool2d(torch.ones(1, 1, 4, 4), 2, 2**31 - 1).shape == (1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=NATIVE))
+@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
 def test_raw_operators_refuse_what_they_cannot_read(backend):
     namespace = NAMESPACES[backend.name]
     x, one, two = torch.zeros(1, 1, 4, 4, device=backend.device), [1, 1], [2, 2]
@@ -382,10 +396,9 @@ def test_raw_operators_refuse_what_they_cannot_read(backend):
         lambda: namespace.max_pool2d_gather(x[:, :, 0], indices, two, two, [0, 0], one),
     ]
     with backend.use():
-        for i, call in enumerate(calls):
+        for call in calls:
             with pytest.raises(RuntimeError):
                 call()
-                print("accepted:", i)
 
 
 def test_a_forced_backend_that_cannot_run_says_why():
@@ -430,18 +443,8 @@ def test_autocast(backend):
         check_autocast(backend, F.max_pool2d, given, 2, device=backend.device, low=torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=NATIVE))
+@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
 def test_deterministic(backend):
     # stride 1: nine windows overlap at each input, the case that atomics would reorder
     x = torch.randn(2, 5, 12, 13, device=backend.device)
     check_deterministic(lambda t: backend(t, 3, 1, 1), x)
-
-
-def test_output_size_is_the_oracles():
-    from pydl.ops.max_pool import output_size as ours
-
-    for n, k, s, p, d, ceil_mode in itertools.product(
-        range(1, 12), (1, 2, 3), (1, 2, 3, 4), (0, 1), (1, 2), (False, True)
-    ):
-        if 2 * p <= k and n + 2 * p >= d * (k - 1) + 1:
-            assert ours(n, k, s, p, d, ceil_mode) == output_size(n, k, s, p, d, ceil_mode)

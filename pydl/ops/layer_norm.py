@@ -16,7 +16,7 @@ __all__ = ["layer_norm"]
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FAMILY = Family(
     "layer_norm",
-    probe="layer_norm_fwd",
+    ops=("layer_norm_fwd", "layer_norm_bwd"),
     order={"cpu": ("cpu",), "cuda": ("triton",)},
     dtypes={"cpu": (*_FLOATS, torch.float64), "triton": _FLOATS},
 )
@@ -86,6 +86,8 @@ def _check(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None
         raise NotImplementedError(f"layer_norm: argument 'input' must be floating point, got {input.dtype}")
     size = list(normalized_shape)
     n = len(size)
+    if any(type(s) is not int and (isinstance(s, bool) or not isinstance(s, (int, torch.SymInt))) for s in size):
+        raise TypeError(f"layer_norm: argument 'normalized_shape' must be a tuple of ints, got {normalized_shape!r}")
     if n == 0:
         raise RuntimeError("layer_norm: argument 'normalized_shape' must have at least one dimension, got []")
     if input.dim() < n or list(input.shape[-n:]) != size:
@@ -232,7 +234,6 @@ _fwd = Op(
     "layer_norm_fwd",
     "(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     fake=_fwd_fake,
-    family="layer_norm",
     setup=_fwd_setup,
     backward=_fwd_backward,
     triton="layer_norm:layer_norm_fwd",
@@ -242,7 +243,6 @@ _bwd = Op(
     "(Tensor dy, Tensor x, SymInt[] normalized_shape, Tensor mean, Tensor rstd, Tensor? weight, bool[3] output_mask)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
-    family="layer_norm",
     setup=_bwd_setup,
     backward=_bwd_backward,
     triton="layer_norm:layer_norm_bwd",
