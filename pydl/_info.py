@@ -131,7 +131,7 @@ def conflicts() -> list[str]:
 
 def op_rows() -> list[tuple[str, str, str, str]]:
     """(op, device type, implementation, remark) for every public op, CPU and GPU."""
-    from pydl.backend import NAMESPACES, families, has_kernel
+    from pydl.backend import families, has_kernels
 
     rows: list[tuple[str, str, str, str]] = []
     absent = "" if torch.cuda.is_available() else "no GPU here"
@@ -139,7 +139,7 @@ def op_rows() -> list[tuple[str, str, str, str]]:
         for device in ("cpu", "cuda"):
             candidates = family.order.get(device, ())
             key = device.upper()
-            ready = [b for b in candidates if has_kernel(f"{NAMESPACES[b]}::{family.probe}", key)]
+            ready = [b for b in candidates if has_kernels(family, b, key)]
             if device in family.policy:
                 rows.append((name, device, "torch", family.policy[device]))
             elif ready:

@@ -72,14 +72,14 @@ class Family:
 
     Args:
         name: the public op's name, as in ``PYDL_DISABLE`` and in traces.
-        probe: a raw op of the family; a backend has an implementation when this op has a kernel there.
+        ops: the raw ops that a call needs; a backend implements the family when it has a kernel for each of them.
         order: for each device type the backends to try, best first. A device type that is absent goes to torch.
         dtypes: the dtypes a backend takes.
         policy: for a device type where torch itself is the best known implementation, the reason; not a fallback.
     """
 
     name: str
-    probe: str
+    ops: tuple[str, ...]
     order: dict[str, tuple[str, ...]]
     dtypes: dict[str, tuple[torch.dtype, ...]]
     policy: dict[str, str] = field(default_factory=dict)
@@ -280,7 +280,7 @@ def _unavailable(family: Family, name: str, device: torch.device, dtype: torch.d
     )
     if not why and have is not None and have < MIN_CAPABILITY:
         why = f"compute capability {have[0]}.{have[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
-    if not why and not has_kernel(f"{NAMESPACES[name]}::{family.probe}", "CUDA" if on_gpu else "CPU"):
+    if not why and not has_kernels(family, name, "CUDA" if on_gpu else "CPU"):
         library = {"cpu": _library.cpu_library, "cuda": _library.cuda_library}.get(name)
         why = (library().reason if library else "") or f"no {name} kernel for {family.name}"
     if not why and dtype not in family.dtypes.get(name, ()):
@@ -294,6 +294,11 @@ def _triton_missing(on_gpu: bool) -> str:
     if not on_gpu and not _INTERPRET:
         return "triton kernels need a GPU tensor (or TRITON_INTERPRET=1 for tests on the CPU)"
     return ""
+
+
+def has_kernels(family: Family, name: str, key: str) -> bool:
+    """Whether a backend has a kernel for every raw op of a family at a dispatch key ("CPU", "CUDA")."""
+    return all(has_kernel(f"{NAMESPACES[name]}::{op}", key) for op in family.ops)
 
 
 def has_kernel(qualified_name: str, key: str) -> bool:

@@ -68,7 +68,6 @@ _FWD = Op(
     "toy_fwd",
     "(Tensor x, Tensor? w, float s) -> (Tensor, Tensor)",
     fake=_fwd_fake,
-    family="toy",
     setup=_fwd_setup,
     backward=_fwd_backward,
 )
@@ -76,7 +75,6 @@ _BWD = Op(
     "toy_bwd",
     "(Tensor dy, Tensor x, Tensor? w, float s) -> (Tensor, Tensor)",
     fake=_bwd_fake,
-    family="toy",
     setup=_bwd_setup,
     backward=_bwd_backward,
 )
@@ -96,7 +94,9 @@ def _toy_bwd_cpu(dy, x, w, s):
 torch.library.impl("pydl::toy_fwd", "CPU")(_toy_fwd_cpu)
 torch.library.impl("pydl::toy_bwd", "CPU")(_toy_bwd_cpu)
 
-_FAMILY = Family("toy", probe="toy_fwd", order={"cpu": ("cpu",)}, dtypes={"cpu": (torch.float32, torch.float64)})
+_FAMILY = Family(
+    "toy", ops=("toy_fwd", "toy_bwd"), order={"cpu": ("cpu",)}, dtypes={"cpu": (torch.float32, torch.float64)}
+)
 
 
 def toy(x: Tensor, w: Tensor | None = None, s: float = SCALE) -> Tensor:
@@ -268,7 +268,7 @@ def test_opcheck(grad: bool, permuted: bool) -> None:
 
 
 def test_opcheck_fails_for_a_lying_fake() -> None:
-    op = Op("toy_liar", "(Tensor x) -> Tensor", fake=lambda x: x.new_empty(x.shape[0]), family="toy")
+    op = Op("toy_liar", "(Tensor x) -> Tensor", fake=lambda x: x.new_empty(x.shape[0]))
     torch.library.impl("pydl::toy_liar", "CPU")(lambda x: x.new_zeros(x.shape[0] + 1))
     assert op(Decision("toy", "cpu", ""), torch.ones(2)).shape == (3,)
     with pytest.raises(torch.testing._internal.optests.OpCheckError):

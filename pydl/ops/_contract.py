@@ -46,7 +46,6 @@ class Op:
         setup: ``setup(ctx, inputs, outputs)`` saves for the backward; ``None`` for an op without a derivative.
         backward: ``backward(ctx, *grads)`` returns one gradient (or ``None``) for each input; ``ctx.decision`` is the
             decision of the forward and must be handed to the ops it calls. Undefined gradients arrive as ``None``.
-        family: the public op's name, as traces show it.
         triton: ``"module:function"`` below ``pydl.kernels``, imported on the first call; takes the schema's arguments.
     """
 
@@ -56,7 +55,6 @@ class Op:
         schema: str,
         *,
         fake: Formula,
-        family: str,
         setup: Formula | None = None,
         backward: Formula | None = None,
         triton: str | None = None,
@@ -64,7 +62,6 @@ class Op:
         if (setup is None) != (backward is None):
             raise ValueError(f"Op {name}: setup and backward go together")
         self.name = name
-        self.family = family
         self._handles: dict[str, _Handle] = {}
         for namespace in dict.fromkeys(NAMESPACES.values()):
             torch.library.define(f"{namespace}::{name}", schema)

@@ -23,7 +23,7 @@ _INPLACE = "in-place variants are torch's own"
 def _family(name: str) -> Family:
     return Family(
         name,
-        probe="activation_fwd",
+        ops=("activation_fwd", "activation_bwd"),
         order={"cuda": ("triton",)},
         dtypes={"triton": _FLOATS},
         policy={"cpu": _CPU_POLICY},
@@ -254,7 +254,6 @@ _fwd = Op(
     "activation_fwd",
     "(Tensor x, str kind, float alpha) -> Tensor",
     fake=_fwd_fake,
-    family="activations",
     setup=_fwd_setup,
     backward=_fwd_backward,
     triton="activations:activation_fwd",
@@ -263,7 +262,6 @@ _bwd = Op(
     "activation_bwd",
     "(Tensor dy, Tensor saved, str kind, float alpha) -> Tensor",
     fake=_bwd_fake,
-    family="activations",
     setup=_bwd_setup,
     backward=_bwd_backward,
     triton="activations:activation_bwd",

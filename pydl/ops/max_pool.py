@@ -18,7 +18,7 @@ __all__ = ["max_pool2d"]
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _FAMILY = Family(
     "max_pool2d",
-    probe="max_pool2d_values",
+    ops=("max_pool2d_values", "max_pool2d_with_indices", "max_pool2d_bwd", "max_pool2d_gather"),
     order={"cpu": ("cpu",), "cuda": ("cuda",)},
     dtypes={"cpu": _FLOATS, "cuda": _FLOATS, "simt": _FLOATS},
 )
@@ -211,7 +211,6 @@ _with_indices = Op(
     "max_pool2d_with_indices",
     f"(Tensor x, {_WINDOW}, bool ceil_mode, bool flat) -> (Tensor, Tensor)",
     fake=_with_indices_fake,
-    family="max_pool2d",
     setup=_with_indices_setup,
     backward=_with_indices_backward,
 )
@@ -219,7 +218,6 @@ _bwd = Op(
     "max_pool2d_bwd",
     f"(Tensor dy, Tensor indices, SymInt height, SymInt width, {_WINDOW}) -> Tensor",
     fake=_bwd_fake,
-    family="max_pool2d",
     setup=_bwd_setup,
     backward=_bwd_backward,
 )
@@ -227,7 +225,6 @@ _gather = Op(
     "max_pool2d_gather",
     f"(Tensor x, Tensor indices, {_WINDOW}) -> Tensor",
     fake=_gather_fake,
-    family="max_pool2d",
     setup=_gather_setup,
     backward=_gather_backward,
 )
@@ -252,7 +249,6 @@ _values = Op(
     "max_pool2d_values",
     f"(Tensor x, {_WINDOW}, bool ceil_mode) -> Tensor",
     fake=_out_fake,
-    family="max_pool2d",
     setup=_values_setup,
     backward=_values_backward,
 )
