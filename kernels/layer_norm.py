@@ -79,7 +79,7 @@ def dwdb_config(N: int) -> Config:
 
 def reduce_config(N: int) -> Config:
     """Tile of the sum over partial rows: narrow where there are few columns, so that all multiprocessors take part."""
-    return Config(16, 256, 4) if N >= 16384 else Config(128, 32, 4)
+    return Config(8, 256, 4) if N >= 16384 else Config(128, 32, 4)
 
 
 def num_row_splits(M: int, N: int, device: Device) -> int:

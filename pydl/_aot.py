@@ -1,13 +1,15 @@
 """``python -m pydl kernels``: compile every Triton kernel ahead of time and print what each one costs.
 
 No GPU is needed. Spills are not allowed on sm_80 and sm_90; elsewhere they may not exceed the committed table
-``docs/kernel_spills.json``. Shared memory must fit the part everywhere.
+``docs/kernel_spills.json``, which has a part for each version of Triton. Shared memory must fit the part everywhere.
+CUDA C++ kernels, compiled when the library is built, are printed too.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata as metadata
 import importlib.util
 import json
 import multiprocessing
@@ -128,9 +130,14 @@ def problems(rows: list[dict[str, Any]], allowed: dict[str, dict[str, int]]) -> 
     return found
 
 
-def load_table(path: Path = TABLE) -> dict[str, dict[str, int]]:
-    """The committed spills by architecture and case; empty where there is no table."""
-    return json.loads(path.read_text()) if path.exists() else {}
+def triton_series() -> str:
+    """Triton's major and minor version, the key of the committed table."""
+    return ".".join(metadata.version("triton").split(".")[:2])
+
+
+def load_table(series: str) -> dict[str, dict[str, int]]:
+    """The committed spills under one version of Triton, by architecture and case; empty where there is no table."""
+    return json.loads(TABLE.read_text()).get(series, {}) if TABLE.exists() else {}
 
 
 def spill_table(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -140,6 +147,12 @@ def spill_table(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
         if row.get("spills") and row["arch"] not in NO_SPILLS:
             table.setdefault(row["arch"], {})[spill_key(row)] = row["spills"]
     return {arch: dict(sorted(cases.items())) for arch, cases in sorted(table.items())}
+
+
+def _write_table(rows: list[dict[str, Any]]) -> None:
+    tables = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    tables[triton_series()] = spill_table(rows)
+    TABLE.write_text(json.dumps(dict(sorted(tables.items())), indent=1) + "\n")
 
 
 def _format(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
@@ -159,12 +172,20 @@ def _format(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _native_rows() -> list[dict[str, Any]]:
+def _native_rows(archs: list[str], match: str) -> list[dict[str, Any]]:
     """What ptxas reported when the CUDA C++ kernels were built; nothing without the extension."""
     try:
-        return importlib.import_module("pydl._C").kernel_resources()
+        rows = importlib.import_module("pydl._C").kernel_resources()
     except (ImportError, AttributeError):
         return []
+    rows = [row | {"arch": f"sm_{row['arch']}"} for row in rows]
+    return [row for row in rows if row["arch"] in archs and match in row["kernel"]]
+
+
+def native_problems(rows: list[dict[str, Any]]) -> list[str]:
+    """Spills of CUDA C++ kernels on the parts where none are allowed."""
+    spilling = [row for row in rows if row["spill_stores"] and row["arch"] in NO_SPILLS]
+    return [f"{row['arch']} {row['kernel']}: {row['spill_stores']} bytes spilled, 0 allowed" for row in spilling]
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -175,7 +196,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--match", default="", help="only kernels or cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
-    parser.add_argument("--write-table", action="store_true", help=f"write {TABLE.name} from these rows (with --all)")
+    parser.add_argument(
+        "--write-table",
+        action="store_true",
+        help=f"write {TABLE.name} from these rows, for this version of Triton (with --all)",
+    )
     return parser.parse_args(argv)
 
 
@@ -188,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     archs = args.arch or (list(PARTS) if args.all or args.quick else [FULL_ARCH])
     rows = run(archs, args.quick, args.jobs, args.match, progress=sys.stderr.isatty())
     print(_format(rows, COLUMNS))
-    native = _native_rows()
+    native = _native_rows(archs, args.match)
     if native:
         print("\nCUDA C++ (ptxas)\n" + _format(native, tuple(native[0])))
     if args.json:
@@ -196,8 +221,8 @@ def main(argv: list[str] | None = None) -> int:
         report = [{name: row[name] for name in kept if name in row} for row in rows]
         args.json.write_text(json.dumps({"triton": report, "cuda": native}, indent=1) + "\n")
     if args.write_table:
-        TABLE.write_text(json.dumps(spill_table(rows), indent=1) + "\n")
-    found = problems(rows, load_table())
+        _write_table(rows)
+    found = problems(rows, load_table(triton_series())) + native_problems(native)
     print(f"\n{len(rows)} compilations, {len(found)} problems")
     for problem in found:
         print(f"  {problem}")

@@ -83,11 +83,20 @@ def _refuse(original: Callable) -> Callable:
     return method
 
 
-def _repairs() -> dict[tuple[Any, str], Callable]:
-    """The replacement of each wrong method, by its class and name."""
-    from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface
+def _index(original: Callable) -> Callable:
+    def patch(tensor: Any, *rest: Any) -> None:
+        original(tensor, *rest)
+        # Triton 3.6 converts an array of one element, which NumPy 2.4 refuses: loops over run-time bounds need this
+        tensor.__index__ = lambda self: int(self.handle.data.item())
 
-    builder = InterpreterBuilder
+    return patch
+
+
+def _repairs() -> dict[tuple[Any, str], Callable]:
+    """The replacement of each wrong function, by its owner and name."""
+    from triton.runtime import interpreter
+
+    builder, reductions = interpreter.InterpreterBuilder, interpreter.ReduceScanOpInterface
     return {
         (builder, "cast_impl"): _cast(builder.cast_impl),
         (builder, "binary_op"): _elementwise(builder.binary_op, 2),
@@ -95,7 +104,8 @@ def _repairs() -> dict[tuple[Any, str], Callable]:
         (builder, "ternary_op"): _elementwise(builder.ternary_op, 3),
         (builder, "create_fma"): _elementwise(builder.create_fma, 3),
         (builder, "create_dot"): _dot(builder.create_dot),
-        (ReduceScanOpInterface, "check_tensor"): _refuse(ReduceScanOpInterface.check_tensor),
+        (reductions, "check_tensor"): _refuse(reductions.check_tensor),
+        (interpreter, "_patch_lang_tensor"): _index(interpreter._patch_lang_tensor),
     }
 
 

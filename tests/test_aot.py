@@ -75,10 +75,19 @@ def test_problems_are_found():
     assert "boom" in _aot.problems([_row(error="boom")], table)[0]
 
 
+def test_spills_of_native_kernels_are_found():
+    row = {"arch": "sm_90", "kernel": "void k<float>()", "spill_stores": 8}
+    assert "8 bytes spilled" in _aot.native_problems([row])[0]
+    assert _aot.native_problems([row | {"spill_stores": 0}, row | {"arch": "sm_86"}]) == []
+
+
 def test_committed_table_lists_only_parts_that_may_spill():
-    table = _aot.load_table()
-    assert set(table) <= set(PARTS) - set(_aot.NO_SPILLS)
-    assert all(spills > 0 for cases in table.values() for spills in cases.values())
+    tables = json.loads(_aot.TABLE.read_text())
+    for series, table in tables.items():
+        assert _aot.load_table(series) == table
+        assert set(table) <= set(PARTS) - set(_aot.NO_SPILLS)
+        assert all(spills > 0 for cases in table.values() for spills in cases.values())
+    assert _aot.load_table("0.0") == {}
     rows = [_row(spills=8), _row(arch="sm_90", spills=8), _row(case="d"), _row(arch="sm_120", error="x")]
     assert _aot.spill_table(rows) == {"sm_86": {"k c": 8}}
 
