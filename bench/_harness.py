@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -92,7 +93,15 @@ def make_runner(group: Group, fn: Callable[..., Any], call: Call) -> Callable[[]
 class LocalSubject:
     """A provider in this process."""
 
-    def __init__(self, group: Group, provider: Provider, gate: Gate, clock: _timing.GpuClock | None = None) -> None:
+    def __init__(
+        self,
+        group: Group,
+        provider: Provider,
+        gate: Gate,
+        clock: _timing.GpuClock | None = None,
+        patience_ms: float = _timing.PATIENCE_MS,
+    ) -> None:
+        self._patience_ms = patience_ms
         self.name, self.group, self.provider, self.gate, self.clock = provider.name, group, provider, gate, clock
         self._run: Callable[[], object] = lambda: None
         self._inner, self._host_ms, self._disturbed = 1, 0.05, 0
@@ -132,7 +141,7 @@ class LocalSubject:
         with self._scope():
             if self.clock is not None:
                 return self.clock.batch(self._run, GPU_BATCH, self._host_ms)
-            ms, disturbed = _timing.undisturbed_sample(self._run, self._inner)
+            ms, disturbed = _timing.undisturbed_sample(self._run, self._inner, self._patience_ms)
             self._disturbed += disturbed
             return [ms]
 
@@ -194,7 +203,9 @@ def measure(
         return [_blank(group, name) | {"note": note, "missing": True} for name in providers]
 
     def local(name: str) -> Callable[[Group], Subject]:
-        return lambda group: LocalSubject(group, _providers.resolve(name, group.op, group.case), gate, clock)
+        patience_ms = max(_timing.PATIENCE_MS, 1e3 * seconds / 14)  # two of seven rounds' share for one sample
+        resolve = partial(_providers.resolve, name)
+        return lambda group: LocalSubject(group, resolve(group.op, group.case), gate, clock, patience_ms)
 
     rows, subjects, facts = [], [], []
     for name, make in [*((name, local(name)) for name in providers), *(("base", maker) for maker in extra)]:
@@ -208,6 +219,8 @@ def measure(
         _fill(group, facts, interleave(subjects, seconds), roof)
     for subject, (row, _) in zip(subjects, facts, strict=True):
         row["disturbed"] = subject.disturbed()
+        if row["disturbed"] > row["samples"] / 2:
+            row["met"] = None  # such a ratio decides nothing, in neither direction
         subject.close()
     return rows
 

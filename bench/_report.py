@@ -25,7 +25,7 @@ def target_text(row: dict[str, Any]) -> str:
     if not stated:
         return ""
     return (
-        f"{stated}: {({True: 'met', False: 'MISSED', None: 'not measured'})[row['met']]}{'~' if is_noisy(row) else ''}"
+        f"{stated}: {({True: 'met', False: 'MISSED', None: 'not decided'})[row['met']]}{'~' if is_noisy(row) else ''}"
     )
 
 
@@ -94,7 +94,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     met = sum(row.get("met") is True for row in rows)
     missed = [row for row in rows if row.get("met") is False]
     wrong = [row for row in rows if not row["ok"] and not row.get("missing")]
-    text = f"targets: {met} met, {len(missed)} missed; wrong results: {len(wrong)}"
+    undecided = sum(bool(row.get("target")) and row["median_ms"] is not None and row["met"] is None for row in rows)
+    text = f"targets: {met} met, {len(missed)} missed"
+    text += f", {undecided} not decided" if undecided else ""
+    text += f"; wrong results: {len(wrong)}"
     for row in missed:
         text += f"\n  missed  {_where(row)}: {_measured(row)} ({target_text(row)})"
     for row in wrong:

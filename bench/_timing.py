@@ -47,19 +47,17 @@ def waited_ns() -> int:
     return total
 
 
-def undisturbed_sample(call: Callable[[], object], inner: int, attempts: int = 6) -> tuple[float, bool]:
-    """A sample during which other work took no core from us, or the least disturbed of the attempts; and whether it
-    was disturbed all the same."""
+def undisturbed_sample(call: Callable[[], object], inner: int, patience_ms: float = PATIENCE_MS) -> tuple[float, bool]:
+    """A sample during which other work took no core from us, or the least disturbed of those that took patience_ms
+    together; and whether it was disturbed all the same."""
     found: list[tuple[float, float]] = []
-    for _ in range(attempts):
+    while sum(ms * inner for _, ms in found) <= patience_ms and len(found) < 200:
         before = waited_ns()
         ms = cpu_sample(call, inner)
         share = (waited_ns() - before) * 1e-6 / (ms * inner)
         found.append((share, ms))
         if share <= QUIET_SHARE:
             return ms, False
-        if sum(ms * inner for _, ms in found) > PATIENCE_MS:
-            break
     return min(found)[1], True
 
 
@@ -185,7 +183,7 @@ def _best(call: Callable[[], object], device: str, seconds: float) -> float:
         call()  # touches the pages of the output
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(samples) < 6:
-        samples += clock.batch(call, 5, 0.05) if clock else [undisturbed_sample(call, 1, 3)[0]]
+        samples += clock.batch(call, 5, 0.05) if clock else [undisturbed_sample(call, 1, 20.0)[0]]
     return median(sorted(samples)[: (len(samples) + 1) // 2])
 
 

@@ -115,7 +115,7 @@ def test_a_sample_in_which_other_work_held_a_core_is_taken_again(monkeypatch):
     assert len(calls) == 6 and not disturbed and ms > 0
     standing = iter(range(0, 10**15, 10**12))
     monkeypatch.setattr(_timing, "waited_ns", lambda: next(standing))
-    assert _timing.undisturbed_sample(lambda: None, 1, attempts=3)[1]
+    assert _timing.undisturbed_sample(lambda: None, 1)[1]
 
 
 class FakeEvent:
@@ -272,7 +272,7 @@ def test_a_missing_provider_is_no_wrong_one():
 def test_pydl_rows_name_the_backend_and_their_targets():
     rows = _harness.measure(group("activations"), ["pydl", "torch"], {}, seconds=0.001)
     assert rows[0]["backend"] == "torch"  # plain activations on a CPU are torch's own
-    assert rows[0]["target"] == {"host_us": 8.0} and rows[0]["met"] in (True, False)
+    assert rows[0]["target"] == {"host_us": 8.0} and rows[0]["met"] in (True, False, None)
     assert rows[0]["host_us"] == pytest.approx(rows[0]["median_ms"] * 1e3)
     assert rows[1]["target"] == {} and rows[1]["met"] is None
 
