@@ -58,6 +58,7 @@ struct Rows {
   }
   // Distance between neighbouring rows in elements, -1 if it is not the same everywhere.
   int64_t find_stride(int64_t outer) const {
+    if (array.numel() == 0) return 0;
     int64_t expected = 1, d = array.dim - 1;
     for (; d >= outer; --d) {
       if (array.sizes[d] != 1 && array.strides[d] != expected) return -1;
