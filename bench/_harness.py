@@ -219,10 +219,18 @@ def measure(
         _fill(group, facts, interleave(subjects, seconds), roof)
     for subject, (row, _) in zip(subjects, facts, strict=True):
         row["disturbed"] = subject.disturbed()
-        if row["disturbed"] > row["samples"] / 2:
-            row["met"] = None  # such a ratio decides nothing, in neither direction
         subject.close()
+    _leave_open(rows)
     return rows
+
+
+def _leave_open(rows: Sequence[dict[str, Any]]) -> None:
+    """A ratio with a side of which most samples were disturbed decides no target, in neither direction."""
+    shaken = {row["provider"] for row in rows if row.get("disturbed", 0) > row.get("samples", 0) / 2}
+    for row in rows:
+        sides = {row["provider"], *(metric.removeprefix("ratio_to_") for metric in row["target"])}
+        if row["target"] and sides & shaken:
+            row["met"] = None
 
 
 def _admit(

@@ -293,6 +293,14 @@ def test_targets(measured, target, met):
     assert _harness.target_met(row) is met
 
 
+@pytest.mark.parametrize(("ours", "theirs", "met"), [(0, 4, True), (0, 6, None), (6, 0, None)])
+def test_a_ratio_with_a_disturbed_side_decides_nothing(ours, theirs, met):
+    row = {"provider": "pydl", "samples": 10, "disturbed": ours, "target": {"ratio_to_torch": 8.0}, "met": True}
+    other = {"provider": "torch", "samples": 10, "disturbed": theirs, "target": {}, "met": None}
+    _harness._leave_open([row, other])
+    assert row["met"] is met and other["met"] is None
+
+
 def test_share_of_the_nearer_roof():
     roof = {"copy_gbs": 10.0, "gemm_gflops": 100.0}
     assert _harness.share_of_roof(10_000_000, 1, 2.0, roof) == pytest.approx(0.5)
