@@ -298,9 +298,9 @@ def test_offsets_are_bytes_where_the_window_allows(backend):
     op = NAMESPACES[backend.name].max_pool2d_with_indices
     x = distinct(1, 3, 16, 16, device=backend.device).contiguous(memory_format=CHANNELS_LAST)
     with backend.use():
-        y, offsets = op(x, [3, 3], [2, 2], [1, 1], [1, 1], False, False)
-        _, flat = op(x, [3, 3], [2, 2], [1, 1], [1, 1], False, True)
-        _, wide = op(x, [16, 16], [1, 1], [0, 0], [1, 1], False, False)
+        y, offsets = op(x, [3, 3, 2, 2, 1, 1, 1, 1], False, False)
+        _, flat = op(x, [3, 3, 2, 2, 1, 1, 1, 1], False, True)
+        _, wide = op(x, [16, 16, 1, 1, 0, 0, 1, 1], False, False)
     assert (offsets.dtype, flat.dtype, wide.dtype) == (torch.uint8, torch.int64, torch.int64)
     assert offsets.is_contiguous(memory_format=CHANNELS_LAST)
     row, column = (torch.arange(n, device=x.device) * 2 - 1 for n in y.shape[2:])
@@ -313,16 +313,16 @@ def test_offsets_are_bytes_where_the_window_allows(backend):
 def test_indices_from_elsewhere_never_leave_the_planes(backend, dtype):
     # the raw operators can be called with anything: what points outside is dropped, and memory beside stays as it is
     low, high = (0, 256) if dtype == torch.uint8 else (-(2**40), 2**40)
-    window = ([3, 3], [2, 2], [1, 1], [1, 1])
+    window = [3, 3, 2, 2, 1, 1, 1, 1]
     namespace = NAMESPACES[backend.name]
     for memory_format in (torch.contiguous_format, CHANNELS_LAST):
         indices = torch.randint(low, high, (2, 3, 4, 4), dtype=dtype).to(backend.device)
         indices = indices.contiguous(memory_format=memory_format)
         dy = torch.ones(2, 3, 4, 4, device=backend.device).contiguous(memory_format=memory_format)
         with backend.use():
-            dx = namespace.max_pool2d_bwd(dy, indices, 7, 7, *window)
+            dx = namespace.max_pool2d_bwd(dy, indices, 7, 7, window)
             x = torch.ones(2, 3, 7, 7, device=backend.device).contiguous(memory_format=memory_format)
-            y = namespace.max_pool2d_gather(x, indices, *window)
+            y = namespace.max_pool2d_gather(x, indices, window)
         assert dx.shape == (2, 3, 7, 7) and dx.isfinite().all() and 0 <= dx.sum() <= dy.numel()
         assert y.shape == dy.shape and y.isfinite().all() and (y.eq(0) | y.eq(1)).all()
 
@@ -381,19 +381,20 @@ def test_huge_arguments_are_refused_not_crashed():
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
 def test_raw_operators_refuse_what_they_cannot_read(backend):
     namespace = NAMESPACES[backend.name]
-    x, one, two = torch.zeros(1, 1, 4, 4, device=backend.device), [1, 1], [2, 2]
+    x, window = torch.zeros(1, 1, 4, 4, device=backend.device), [2, 2, 2, 2, 0, 0, 1, 1]
     indices = torch.zeros(1, 1, 2, 2, dtype=torch.uint8, device=backend.device)
     dy = torch.zeros(1, 1, 2, 2, device=backend.device)
     calls = [
-        lambda: namespace.max_pool2d_values(x[0], two, two, [0, 0], one, False),
-        lambda: namespace.max_pool2d_values(x, [0, 0], two, [0, 0], one, False),
-        lambda: namespace.max_pool2d_values(x, two, [0, 1], [0, 0], one, False),
-        lambda: namespace.max_pool2d_values(x, two, two, [-1, -1], one, False),
-        lambda: namespace.max_pool2d_with_indices(x, two, two, [0, 0], [0, 0], False, False),
-        lambda: namespace.max_pool2d_bwd(dy[..., :1], indices, 4, 4, two, two, [0, 0], one),
-        lambda: namespace.max_pool2d_bwd(dy, indices.float(), 4, 4, two, two, [0, 0], one),
-        lambda: namespace.max_pool2d_bwd(dy, indices, -4, 4, two, two, [0, 0], one),
-        lambda: namespace.max_pool2d_gather(x[:, :, 0], indices, two, two, [0, 0], one),
+        lambda: namespace.max_pool2d_values(x, window[:7], False),
+        lambda: namespace.max_pool2d_values(x[0], window, False),
+        lambda: namespace.max_pool2d_values(x, [0, 0, 2, 2, 0, 0, 1, 1], False),
+        lambda: namespace.max_pool2d_values(x, [2, 2, 0, 1, 0, 0, 1, 1], False),
+        lambda: namespace.max_pool2d_values(x, [2, 2, 2, 2, -1, -1, 1, 1], False),
+        lambda: namespace.max_pool2d_with_indices(x, [2, 2, 2, 2, 0, 0, 0, 0], False, False),
+        lambda: namespace.max_pool2d_bwd(dy[..., :1], indices, 4, 4, window),
+        lambda: namespace.max_pool2d_bwd(dy, indices.float(), 4, 4, window),
+        lambda: namespace.max_pool2d_bwd(dy, indices, -4, 4, window),
+        lambda: namespace.max_pool2d_gather(x[:, :, 0], indices, window),
     ]
     with backend.use():
         for call in calls:
@@ -412,18 +413,16 @@ def test_a_forced_backend_that_cannot_run_says_why():
 @pytest.mark.parametrize("backend", [b for b in available(OP) if b.name in ("cpu", "simt")], ids=str)
 def test_opcheck(backend: Backend):
     namespace = NAMESPACES[backend.name]
-    window = ([3, 2], [2, 2], [1, 1], [1, 1])
+    window = [3, 2, 2, 2, 1, 1, 1, 1]
     with backend.use():
         for memory_format in (torch.contiguous_format, CHANNELS_LAST):
             x = distinct(2, 3, 6, 5).contiguous(memory_format=memory_format)
             leaf = x.clone().requires_grad_()
-            check_opcheck(namespace.max_pool2d_values.default, leaf, *window, False)
-            check_opcheck(namespace.max_pool2d_with_indices.default, leaf, *window, True, False)
-            y, indices = namespace.max_pool2d_with_indices(x, *window, True, False)
-            check_opcheck(
-                namespace.max_pool2d_bwd.default, torch.randn_like(y).requires_grad_(), indices, 6, 5, *window
-            )
-            check_opcheck(namespace.max_pool2d_gather.default, leaf, indices, *window)
+            check_opcheck(namespace.max_pool2d_values.default, leaf, window, False)
+            check_opcheck(namespace.max_pool2d_with_indices.default, leaf, window, True, False)
+            y, indices = namespace.max_pool2d_with_indices(x, window, True, False)
+            check_opcheck(namespace.max_pool2d_bwd.default, torch.randn_like(y).requires_grad_(), indices, 6, 5, window)
+            check_opcheck(namespace.max_pool2d_gather.default, leaf, indices, window)
 
 
 @pytest.mark.compile

@@ -314,33 +314,15 @@ Pooled max_pool_fwd(const Tensor& x_in, const PoolShape& s, bool with_indices, b
   return out;
 }
 
-PoolShape fwd_shape(const char* op, const Tensor& x, const Sizes& kernel, const Sizes& stride, const Sizes& padding,
-                    const Sizes& dilation, bool ceil_mode) {
-  const Array meta(x);
-  STD_TORCH_CHECK(meta.dim == 4, op, ": x must have 4 dimensions, got ", meta.dim);
-  STD_TORCH_CHECK(host::is_floating(meta.dtype), op, ": x must be float32, float64, float16 or bfloat16");
-  PoolShape s{meta.sizes[0], meta.sizes[1], pool_dim(op, meta.sizes[2], 0, kernel, stride, padding, dilation),
-              pool_dim(op, meta.sizes[3], 1, kernel, stride, padding, dilation), like_channels_last(meta)};
-  s.h.out = pooled_size(s.h, ceil_mode);
-  s.w.out = pooled_size(s.w, ceil_mode);
-  STD_TORCH_CHECK(s.h.in > 0 && s.w.in > 0 && s.h.out > 0 && s.w.out > 0, op, ": x of ", s.h.in, " x ", s.w.in,
-                  " is too small for kernel_size ", s.h.kernel, " x ", s.w.kernel, ": the output would be ", s.h.out,
-                  " x ", s.w.out);
-  return s;
-}
-
-Tensor max_pool2d_values(const Tensor& x, const Sizes& kernel_size, const Sizes& stride, const Sizes& padding,
-                         const Sizes& dilation, bool ceil_mode) {
+Tensor max_pool2d_values(const Tensor& x, const Sizes& window, bool ceil_mode) {
   const char* const op = "max_pool2d_values";
-  const PoolShape s = fwd_shape(op, x, kernel_size, stride, padding, dilation, ceil_mode);
+  const PoolShape s = forward_shape(op, x, window, ceil_mode);
   return std::move(max_pool_fwd(x, s, false, false).y.tensor);
 }
 
-std::tuple<Tensor, Tensor> max_pool2d_with_indices(const Tensor& x, const Sizes& kernel_size, const Sizes& stride,
-                                                   const Sizes& padding, const Sizes& dilation, bool ceil_mode,
-                                                   bool flat) {
+std::tuple<Tensor, Tensor> max_pool2d_with_indices(const Tensor& x, const Sizes& window, bool ceil_mode, bool flat) {
   const char* const op = "max_pool2d_with_indices";
-  const PoolShape s = fwd_shape(op, x, kernel_size, stride, padding, dilation, ceil_mode);
+  const PoolShape s = forward_shape(op, x, window, ceil_mode);
   Pooled out = max_pool_fwd(x, s, true, flat || !offsets_fit(s));
   return {std::move(out.y.tensor), std::move(out.indices->tensor)};
 }

@@ -5,8 +5,8 @@
 // order. No element is written by two threads, so results do not depend on them. Indices that lie outside the plane are
 // skipped.
 
+#include "common/pool.h"
 #include "common/vec.h"
-#include "cpu/max_pool.h"
 
 namespace pydl::PYDL_ISA {
 namespace {
@@ -234,28 +234,10 @@ PYDL_CPU_DECLARE(void, max_pool_pick, const PoolBwd&, int64_t, int64_t)
 
 namespace {
 
-// Shape of a pooling whose input is height x width and whose outputs `indices` belong to.
-PoolShape index_shape(const char* op, const Array& indices, int64_t height, int64_t width, const Sizes& kernel,
-                      const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
-  STD_TORCH_CHECK(indices.dim == 4, op, ": indices must have 4 dimensions, got ", indices.dim);
-  STD_TORCH_CHECK(indices.dtype == Dtype::kUInt8 || indices.dtype == Dtype::kInt64, op,
-                  ": indices must be uint8 or int64");
-  STD_TORCH_CHECK(height > 0 && width > 0 && height <= INT64_MAX / width, op,
-                  ": height and width must be positive, got ", height, " and ", width);
-  PoolShape s{indices.sizes[0], indices.sizes[1], pool_dim(op, height, 0, kernel, stride, padding, dilation),
-              pool_dim(op, width, 1, kernel, stride, padding, dilation), like_channels_last(indices)};
-  s.h.out = indices.sizes[2];
-  s.w.out = indices.sizes[3];
-  for (const PoolDim* d : {&s.h, &s.w}) {
-    STD_TORCH_CHECK(d->out < INT64_MAX / 2 / d->stride, op, ": indices are too large, got size ", d->out);
-  }
-  return s;
-}
-
 Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t height, int64_t width,
-                      const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+                      const Sizes& window) {
   const char* const op = "max_pool2d_bwd";
-  const PoolShape s = index_shape(op, Array(indices_in), height, width, kernel_size, stride, padding, dilation);
+  const PoolShape s = index_shape(op, Array(indices_in), height, width, window);
   const Tensor dy = dense_in(dy_in, s.channels_last), indices = dense_in(indices_in, s.channels_last);
   const Array grad(dy), index(indices);
   STD_TORCH_CHECK(host::is_floating(grad.dtype), op, ": dy must be float32, float64, float16 or bfloat16");
@@ -278,14 +260,12 @@ Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t hei
   return std::move(dx.tensor);
 }
 
-Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Sizes& kernel_size, const Sizes& stride,
-                         const Sizes& padding, const Sizes& dilation) {
+Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Sizes& window) {
   const char* const op = "max_pool2d_gather";
   const Array meta(x_in);
   STD_TORCH_CHECK(meta.dim == 4, op, ": x must have 4 dimensions, got ", meta.dim);
   STD_TORCH_CHECK(host::is_floating(meta.dtype), op, ": x must be float32, float64, float16 or bfloat16");
-  const PoolShape s =
-      index_shape(op, Array(indices_in), meta.sizes[2], meta.sizes[3], kernel_size, stride, padding, dilation);
+  const PoolShape s = index_shape(op, Array(indices_in), meta.sizes[2], meta.sizes[3], window);
   STD_TORCH_CHECK(meta.sizes[0] == s.batch && meta.sizes[1] == s.channels, op, ": indices must have ", meta.sizes[0],
                   " x ", meta.sizes[1], " planes as x, got ", s.batch, " x ", s.channels);
   const Tensor x = dense_in(x_in, s.channels_last), indices = dense_in(indices_in, s.channels_last);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/vec.h"
-#include "cpu/max_pool.h"
+#include "common/pool.h"
 
 namespace pydl::PYDL_ISA {
 namespace {

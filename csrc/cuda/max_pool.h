@@ -4,7 +4,7 @@
 #include "common/cuda_host.h"
 #include "common/device_vec.h"
 #include "common/indexing.h"
-#include "cpu/max_pool.h"
+#include "common/pool.h"
 
 namespace pydl {
 namespace {

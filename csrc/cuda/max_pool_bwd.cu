@@ -218,24 +218,10 @@ void launch_gather(const Backward& b) {
 
 // ---- host functions
 
-// Shape of a pooling of a height x width input that gave `indices`.
-PoolShape index_shape(const char* op, const Array& indices, int64_t height, int64_t width, const Sizes& kernel,
-                      const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
-  STD_TORCH_CHECK(indices.dim == 4, op, ": indices must have 4 dimensions, got ", indices.dim);
-  STD_TORCH_CHECK(indices.dtype == Dtype::kUInt8 || indices.dtype == Dtype::kInt64, op,
-                  ": indices must be uint8 or int64");
-  STD_TORCH_CHECK(height > 0 && width > 0, op, ": height and width must be positive, got ", height, " and ", width);
-  PoolShape s{indices.sizes[0], indices.sizes[1], pool_dim(op, height, 0, kernel, stride, padding, dilation),
-              pool_dim(op, width, 1, kernel, stride, padding, dilation), like_channels_last(indices)};
-  s.h.out = indices.sizes[2];
-  s.w.out = indices.sizes[3];
-  return s;
-}
-
 Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t height, int64_t width,
-                      const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+                      const Sizes& window) {
   const char* const op = "max_pool2d_bwd";
-  const PoolShape s = index_shape(op, Array(indices_in), height, width, kernel_size, stride, padding, dilation);
+  const PoolShape s = index_shape(op, Array(indices_in), height, width, window);
   const Pool pool = make_pool(op, s);
   const DeviceGuard guard(dy_in);
   guard.check_same(op, "indices", indices_in);
@@ -252,14 +238,12 @@ Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t hei
   return std::move(dx.tensor);
 }
 
-Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Sizes& kernel_size, const Sizes& stride,
-                         const Sizes& padding, const Sizes& dilation) {
+Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Sizes& window) {
   const char* const op = "max_pool2d_gather";
   const Array meta(x_in);
   STD_TORCH_CHECK(meta.dim == 4, op, ": x must have 4 dimensions, got ", meta.dim);
   STD_TORCH_CHECK(host::is_floating(meta.dtype), op, ": x must be float32, float64, float16 or bfloat16");
-  const PoolShape s =
-      index_shape(op, Array(indices_in), meta.sizes[2], meta.sizes[3], kernel_size, stride, padding, dilation);
+  const PoolShape s = index_shape(op, Array(indices_in), meta.sizes[2], meta.sizes[3], window);
   STD_TORCH_CHECK(meta.sizes[0] == s.batch && meta.sizes[1] == s.channels, op, ": indices must have ", meta.sizes[0],
                   " x ", meta.sizes[1], " planes as x, got ", s.batch, " x ", s.channels);
   const Pool pool = make_pool(op, s);

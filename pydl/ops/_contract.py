@@ -150,6 +150,8 @@ def _lazy_triton(target: str) -> Formula:
 
     def launch(*args: Any) -> Any:
         if not loaded:
+            if _INTERPRET:  # else bfloat16 is silently wrong
+                importlib.import_module("pydl._interpreter").repair()
             loaded.append(getattr(importlib.import_module(f"pydl.kernels.{module_name}"), function_name))
         return loaded[0](*args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -60,16 +61,16 @@ def max_pool2d(
     are computed; for a gradient one byte per output is kept (windows to 255 taps). The backward uses no atomics: the
     same bits on every run. It can be differentiated again.
     """
-    window = _check(input, kernel_size, stride, padding, dilation, ceil_mode)
+    window = _window(input, kernel_size, stride, padding, dilation, ceil_mode)
     decision = choose(_FAMILY, input)
     if decision.backend == "torch":
-        return _torch(input, *window, ceil_mode, return_indices)
+        return _torch(input, *(window[i : i + 2] for i in (0, 2, 4, 6)), ceil_mode, return_indices)
     x = input if input.dim() == 4 else input.unsqueeze(0)
     indices = None
     if return_indices or wants((input,)):
-        y, indices = _with_indices(decision, x, *window, ceil_mode, return_indices)
+        y, indices = _with_indices(decision, x, window, ceil_mode, return_indices)
     else:
-        y = _values(decision, x, *window, ceil_mode)
+        y = _values(decision, x, window, ceil_mode)
     if input.dim() == 3:
         y = y.squeeze(0)
         indices = None if indices is None else indices.squeeze(0)
@@ -103,17 +104,26 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return out - 1 if (out - 1) * stride >= size + padding else out
 
 
-def _check(
+def _window(
     input: Tensor, kernel_size: _Ints, stride: _Ints | None, padding: _Ints, dilation: _Ints, ceil_mode: bool
-) -> tuple[list[int], list[int], list[int], list[int]]:
+) -> list[int]:
+    """The window as the raw operators take it: kernel_size, stride, padding, dilation, two of each."""
     if not isinstance(input, Tensor):
         raise TypeError(f"max_pool2d: argument 'input' must be a Tensor, got {type(input).__name__}")
     if type(ceil_mode) is not bool:
         raise TypeError(f"max_pool2d: argument 'ceil_mode' must be a bool, got {ceil_mode!r}")
+    plain = type(kernel_size) is int and type(padding) is int and type(dilation) is int
+    if plain and (stride is None or type(stride) is int) and not torch.compiler.is_compiling():
+        return _check_once(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    return _check(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def _check(
+    shape: torch.Size, kernel_size: _Ints, stride: _Ints | None, padding: _Ints, dilation: _Ints, ceil_mode: bool
+) -> list[int]:
     k = _pair("kernel_size", kernel_size)
     s = k if stride is None or (isinstance(stride, (tuple, list)) and not stride) else _pair("stride", stride)
     p, d = _pair("padding", padding), _pair("dilation", dilation)
-    shape = input.shape
     if len(shape) not in (3, 4) or any(n == 0 for n in shape[-3:]):
         raise RuntimeError(
             "max_pool2d: argument 'input' must have shape [N, C, H, W] or [C, H, W] with only N possibly 0, "
@@ -132,7 +142,11 @@ def _check(
                 f"max_pool2d: argument 'kernel_size' must fit the padded input, got kernel_size={k}, padding={p}, "
                 f"dilation={d} for an input of size {list(shape)}"
             )
-    return k, s, p, d
+    return [*k, *s, *p, *d]
+
+
+# a loop asks the same question each time; an error is never remembered
+_check_once = functools.lru_cache(maxsize=1024)(_check)
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -147,29 +161,29 @@ def _empty_planes(x: Tensor, like: Tensor, height: int, width: int, dtype: torch
     return torch.empty(size, dtype=dtype, device=x.device, memory_format=layout)
 
 
-def _out_fake(x: Tensor, k: list[int], s: list[int], p: list[int], d: list[int], ceil_mode: bool) -> Tensor:
-    height, width = (output_size(x.shape[2 + i], k[i], s[i], p[i], d[i], ceil_mode) for i in (0, 1))
+def _out_fake(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
+    (kh, sh, ph, dh), (kw, sw, pw, dw) = window[::2], window[1::2]
+    height = output_size(x.shape[2], kh, sh, ph, dh, ceil_mode)
+    width = output_size(x.shape[3], kw, sw, pw, dw, ceil_mode)
     return _empty_planes(x, x, height, width, x.dtype)
 
 
-def _with_indices_fake(
-    x: Tensor, k: list[int], s: list[int], p: list[int], d: list[int], ceil_mode: bool, flat: bool
-) -> tuple[Tensor, Tensor]:
-    y = _out_fake(x, k, s, p, d, ceil_mode)
-    dtype = torch.int64 if flat or k[0] * k[1] > MAX_OFFSET_WINDOW else torch.uint8
+def _with_indices_fake(x: Tensor, window: list[int], ceil_mode: bool, flat: bool) -> tuple[Tensor, Tensor]:
+    y = _out_fake(x, window, ceil_mode)
+    dtype = torch.int64 if flat or window[0] * window[1] > MAX_OFFSET_WINDOW else torch.uint8
     return y, torch.empty_like(y, dtype=dtype)
 
 
-def _bwd_fake(dy: Tensor, indices: Tensor, height: int, width: int, *window: list[int]) -> Tensor:
+def _bwd_fake(dy: Tensor, indices: Tensor, height: int, width: int, window: list[int]) -> Tensor:
     return _empty_planes(dy, indices, height, width, dy.dtype)
 
 
-def _gather_fake(x: Tensor, indices: Tensor, *window: list[int]) -> Tensor:
+def _gather_fake(x: Tensor, indices: Tensor, window: list[int]) -> Tensor:
     return torch.empty_like(indices, dtype=x.dtype)
 
 
 def _with_indices_setup(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
-    x, *window, _ceil_mode, _flat = inputs
+    x, window, _, _ = inputs
     ctx.mark_non_differentiable(outputs[1])
     ctx.save_for_backward(outputs[1])
     ctx.size, ctx.window = x.shape[2:], window
@@ -177,35 +191,36 @@ def _with_indices_setup(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor
 
 def _with_indices_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
-    dx = None if dy is None else _bwd(ctx.decision, dy, indices, *ctx.size, *ctx.window)
-    return dx, None, None, None, None, None, None
+    dx = None if dy is None else _bwd(ctx.decision, dy, indices, *ctx.size, ctx.window)
+    return dx, None, None, None
 
 
 def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, indices, _height, _width, *window = inputs
+    _, indices, _, _, window = inputs
     ctx.save_for_backward(indices)
     ctx.window = window
 
 
 def _bwd_backward(ctx: Any, ddx: Tensor | None) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
-    ddy = None if ddx is None else _gather(ctx.decision, ddx, indices, *ctx.window)
-    return ddy, None, None, None, None, None, None, None
+    ddy = None if ddx is None else _gather(ctx.decision, ddx, indices, ctx.window)
+    return ddy, None, None, None, None
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, indices, *window = inputs
+    x, indices, window = inputs
     ctx.save_for_backward(indices)
     ctx.size, ctx.window = x.shape[2:], window
 
 
 def _gather_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
-    dx = None if dy is None else _bwd(ctx.decision, dy, indices, *ctx.size, *ctx.window)
-    return dx, None, None, None, None, None
+    dx = None if dy is None else _bwd(ctx.decision, dy, indices, *ctx.size, ctx.window)
+    return dx, None, None
 
 
-_WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
+# kernel_size, stride, padding, dilation in one list: each list costs a microsecond on its way through the dispatcher
+_WINDOW = "int[] window"
 
 _with_indices = Op(
     "max_pool2d_with_indices",
@@ -238,11 +253,11 @@ def _values_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _values_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     """Only for a direct call of the operator with a gradient: the positions are found again, then used as above."""
     if dy is None:
-        return (None,) * 6
+        return None, None, None
     (x,) = ctx.saved_tensors
-    *window, _ceil_mode = ctx.args
-    _, indices = _with_indices(ctx.decision, x.detach(), *ctx.args, False)
-    return _bwd(ctx.decision, dy, indices, *x.shape[2:], *window), None, None, None, None, None
+    window, ceil_mode = ctx.args
+    _, indices = _with_indices(ctx.decision, x.detach(), window, ceil_mode, False)
+    return _bwd(ctx.decision, dy, indices, *x.shape[2:], window), None, None
 
 
 _values = Op(

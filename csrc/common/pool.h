@@ -62,18 +62,18 @@ inline bool offsets_fit(const PoolShape& s) { return s.h.kernel * s.w.kernel <= 
 // Taps of a window that can lie inside the input: the work behind an output.
 inline int64_t inner_window(const PoolShape& s) { return std::min(s.h.kernel, s.h.in) * std::min(s.w.kernel, s.w.in); }
 
-inline PoolDim pool_dim(const char* op, int64_t in, int d, const Sizes& kernel, const Sizes& stride,
-                        const Sizes& padding, const Sizes& dilation) {
+// One dimension (0 height, 1 width) of a pooling; `window` is kernel_size, stride, padding and dilation, two of each.
+// One list, because each list argument costs a microsecond on its way through the dispatcher.
+inline PoolDim pool_dim(const char* op, int64_t in, size_t d, const Sizes& window) {
   constexpr int64_t kLimit = int64_t(1) << 31;  // keeps every product below 2^63
-  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
-                  ": kernel_size, stride, padding and dilation must have 2 entries each");
-  const size_t i = size_t(d);
-  STD_TORCH_CHECK(kernel[i] >= 1 && kernel[i] < kLimit, op, ": kernel_size must be positive, got ", kernel[i]);
-  STD_TORCH_CHECK(stride[i] >= 1 && stride[i] < kLimit, op, ": stride must be positive, got ", stride[i]);
-  STD_TORCH_CHECK(dilation[i] >= 1 && dilation[i] < kLimit, op, ": dilation must be positive, got ", dilation[i]);
-  STD_TORCH_CHECK(padding[i] >= 0 && padding[i] <= kernel[i] / 2, op,
-                  ": padding must be between 0 and half of kernel_size (", kernel[i], "), got ", padding[i]);
-  return {in, 0, kernel[i], stride[i], padding[i], dilation[i]};
+  STD_TORCH_CHECK(window.size() == 8, op, ": window must have 8 entries, got ", window.size());
+  const int64_t kernel = window[d], stride = window[2 + d], padding = window[4 + d], dilation = window[6 + d];
+  STD_TORCH_CHECK(kernel >= 1 && kernel < kLimit, op, ": kernel_size must be in [1, 2^31), got ", kernel);
+  STD_TORCH_CHECK(stride >= 1 && stride < kLimit, op, ": stride must be in [1, 2^31), got ", stride);
+  STD_TORCH_CHECK(dilation >= 1 && dilation < kLimit, op, ": dilation must be in [1, 2^31), got ", dilation);
+  STD_TORCH_CHECK(padding >= 0 && padding <= kernel / 2, op, ": padding must be between 0 and half of kernel_size (",
+                  kernel, "), got ", padding);
+  return {in, 0, kernel, stride, padding, dilation};
 }
 
 // torch's rule: with ceil_mode a last window may hang over the right padding but must start inside the input or the
@@ -95,6 +95,38 @@ inline bool like_channels_last(const Array& x) {
     least = x.strides[d] * (x.sizes[d] > 1 ? x.sizes[d] : 1);
   }
   return true;
+}
+
+// Shape of the pooling of x.
+inline PoolShape forward_shape(const char* op, const Tensor& x, const Sizes& window, bool ceil_mode) {
+  const Array meta(x);
+  STD_TORCH_CHECK(meta.dim == 4, op, ": x must have 4 dimensions, got ", meta.dim);
+  STD_TORCH_CHECK(host::is_floating(meta.dtype), op, ": x must be float32, float64, float16 or bfloat16");
+  PoolShape s{meta.sizes[0], meta.sizes[1], pool_dim(op, meta.sizes[2], 0, window),
+              pool_dim(op, meta.sizes[3], 1, window), like_channels_last(meta)};
+  s.h.out = pooled_size(s.h, ceil_mode);
+  s.w.out = pooled_size(s.w, ceil_mode);
+  STD_TORCH_CHECK(s.h.in > 0 && s.w.in > 0 && s.h.out > 0 && s.w.out > 0, op, ": x of ", s.h.in, " x ", s.w.in,
+                  " is too small for kernel_size ", s.h.kernel, " x ", s.w.kernel, ": the output would be ", s.h.out,
+                  " x ", s.w.out);
+  return s;
+}
+
+// Shape of the pooling of a height x width input that gave `indices`.
+inline PoolShape index_shape(const char* op, const Array& indices, int64_t height, int64_t width, const Sizes& window) {
+  STD_TORCH_CHECK(indices.dim == 4, op, ": indices must have 4 dimensions, got ", indices.dim);
+  STD_TORCH_CHECK(indices.dtype == Dtype::kUInt8 || indices.dtype == Dtype::kInt64, op,
+                  ": indices must be uint8 or int64");
+  STD_TORCH_CHECK(height > 0 && width > 0 && height <= INT64_MAX / width, op,
+                  ": height and width must be positive, got ", height, " and ", width);
+  PoolShape s{indices.sizes[0], indices.sizes[1], pool_dim(op, height, 0, window), pool_dim(op, width, 1, window),
+              like_channels_last(indices)};
+  s.h.out = indices.sizes[2];
+  s.w.out = indices.sizes[3];
+  for (const PoolDim* d : {&s.h, &s.w}) {
+    STD_TORCH_CHECK(d->out < INT64_MAX / 2 / d->stride, op, ": indices are too large, got size ", d->out);
+  }
+  return s;
 }
 
 inline bool dense(const Array& x, bool channels_last) {
