@@ -386,17 +386,18 @@ def test_environment_log_names_op_backend_and_reason_once() -> None:
 
 
 def test_cost_of_a_call() -> None:
-    # against torch's own machinery measured beside it, so that a slow machine does not decide
-    x = torch.randn(8)
-    g = torch.randn(8, requires_grad=True)
+    """Cheaper than torch's own registered autograd on the same operator, with a gradient and without."""
+    x, g = torch.randn(8), torch.randn(8, requires_grad=True)
     raw = torch.ops.pydl.toy_fwd.default
-
-    def best(f) -> float:
-        f()
-        return min(timeit.repeat(f, number=300, repeat=7)) / 300 * 1e6
-
-    plain = best(lambda: _toy_fwd_cpu(x, None, SCALE))
-    ours, ours_grad = best(lambda: toy(x)), best(lambda: toy(g))
-    registered = best(lambda: raw(g, None, SCALE))
-    assert ours - plain < 15, f"choosing and dispatching cost {ours - plain:.1f} us"
-    assert ours_grad < registered, f"{ours_grad:.1f} us against register_autograd's {registered:.1f} us"
+    calls = {
+        "ours": lambda: toy(x),
+        "ours, gradient": lambda: toy(g),
+        "registered": lambda: raw(x, None, SCALE),
+        "registered, gradient": lambda: raw(g, None, SCALE),
+    }
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(40):  # interleaved, and the best of many: a loaded machine slows all alike
+        for name, call in calls.items():
+            best[name] = min(best[name], timeit.timeit(call, number=25) / 25 * 1e6)
+    assert best["ours"] < best["registered"], best
+    assert best["ours, gradient"] < best["registered, gradient"], best
