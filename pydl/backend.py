@@ -190,6 +190,8 @@ def choose(family: Family, x: Tensor, declined: str = "") -> Decision:
     Raises:
         RuntimeError: a forced backend cannot run the call, or ``PYDL_STRICT=1`` and the call falls back to torch.
     """
+    if x.layout is not torch.strided:
+        declined = declined or f"layout {x.layout} is left to torch"
     if torch.compiler.is_compiling():
         op, name, reason, fallback = _choose_compiling(
             family.name, x.device.type, str(x.dtype), _kind(x), declined, _forced

@@ -350,6 +350,11 @@ class TestChoice:
             assert toy(torch.ones(2, device=device)).device.type == device
         assert t[0].backend == "torch" and repr(device) in t[0].reason
 
+    def test_sparse_tensors_go_to_torch(self) -> None:
+        with pydl.trace() as t:
+            toy(torch.eye(2).to_sparse_coo())
+        assert t[0].backend == "torch" and "torch.sparse_coo" in t[0].reason
+
     def test_subclasses_go_to_torch_and_keep_their_type(self) -> None:
         class Tagged(Tensor):
             pass

@@ -64,7 +64,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
         TypeError: input is no tensor.
         NotImplementedError: integer input.
     """
-    slope = float(negative_slope)
+    slope = _number("leaky_relu", "negative_slope", negative_slope)
     return _apply("leaky_relu", "leaky_relu", input, slope, lambda: F.leaky_relu(input, slope, inplace), inplace)
 
 
@@ -157,8 +157,14 @@ def heaviside_step(input: Tensor, threshold: float = 0.0) -> Tensor:
     """
     if isinstance(input, Tensor) and not input.is_floating_point():
         raise NotImplementedError(f"heaviside_step: argument 'input' must be floating point, got {input.dtype}")
-    threshold = float(threshold)
+    threshold = _number("heaviside_step", "threshold", threshold)
     return _apply("heaviside_step", "step", input, threshold, lambda: _step_composition(input, threshold))
+
+
+def _number(op: str, name: str, value: float) -> float:
+    if not isinstance(value, (float, int)) and not hasattr(value, "__float__"):
+        raise TypeError(f"{op}: argument {name!r} must be a number, got {value!r}")
+    return float(value)
 
 
 def _step_composition(x: Tensor, threshold: float) -> Tensor:

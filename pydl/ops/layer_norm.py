@@ -50,8 +50,8 @@ def layer_norm(
     Weight gradients are summed in two stages in a fixed order: the same bits on every run. Differentiable at any order.
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
-    if not _fits(input, normalized_shape, weight, bias):
-        _check(input, normalized_shape, weight, bias)
+    if type(eps) is not float or not _fits(input, normalized_shape, weight, bias):
+        _check(input, normalized_shape, weight, bias, eps)
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         input = input.float()
         weight, bias = (t if t is None else t.float() for t in (weight, bias))
@@ -65,7 +65,7 @@ def _fits(input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tens
     """Whether the arguments are of the usual, plainly valid kind: a cheap test before the one that explains."""
     if not (isinstance(input, Tensor) and type(shape) is tuple and shape and input.is_floating_point()):
         return False
-    if input.shape[-len(shape) :] != shape:
+    if type(shape[0]) is not int or input.shape[-len(shape) :] != shape:
         return False
     dtype, device = input.dtype, input.device
     for t in (weight, bias):
@@ -76,7 +76,9 @@ def _fits(input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tens
     return True
 
 
-def _check(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> None:
+def _check(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"layer_norm: argument 'input' must be a Tensor, got {type(input).__name__}")
     if not isinstance(normalized_shape, (tuple, list)):
@@ -84,6 +86,8 @@ def _check(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None
         raise TypeError(f"layer_norm: argument 'normalized_shape' must be a tuple of ints, got {kind}")
     if not input.is_floating_point():
         raise NotImplementedError(f"layer_norm: argument 'input' must be floating point, got {input.dtype}")
+    if not isinstance(eps, (float, int)):
+        raise TypeError(f"layer_norm: argument 'eps' must be a number, got {eps!r}")
     size = list(normalized_shape)
     n = len(size)
     if any(type(s) is not int and (isinstance(s, bool) or not isinstance(s, (int, torch.SymInt))) for s in size):
