@@ -20,7 +20,9 @@ def _case(function: str, size: int, name: str, devices: tuple[str, ...], **optio
     label = f"{function}-{options['approximate']}" if "approximate" in options else function
     even = {f"{device} {mode}": {"ratio_to_torch": 0.97} for device in devices for mode in ("fwd", "bwd")}
     params = {"size": size, "options": options}
-    return Case(f"{label}-{name}", params, devices, targets=even, function=function, panel=function == "gelu")
+    return Case(
+        f"{label}-{name}", params, devices, targets=even, function=function, panel=label == "gelu" and size > 1 << 20
+    )
 
 
 CASES = [
