@@ -219,14 +219,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor
       parallel(chunks, chunk_rows * split.cols,
                [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(layer_norm_bwd_chunks)(args, begin, end); });
     }
-    const auto reduce = [&](Output& out, int64_t offset) {
-      const char* from = chunks > 0 ? partial.get<char>() + offset * size_of(compute) : nullptr;
-      parallel(split.cols, chunks, [&](int64_t begin, int64_t end) {
-        PYDL_CPU_DISPATCH(layer_norm_reduce)(from, chunks, 2 * split.cols, out.data, param, begin, end);
-      });
-    };
-    if (output_mask[1]) reduce(dweight, 0);
-    if (output_mask[2]) reduce(dbias, split.cols);
+    const char* from = partial.get<char>();
+    parallel(params ? split.cols : 0, chunks / 2 + 1, [&](int64_t begin, int64_t end) {
+      const auto reduce = PYDL_CPU_DISPATCH(layer_norm_reduce);
+      const int64_t second = chunks > 0 ? split.cols * size_of(compute) : 0;
+      if (output_mask[1]) reduce(from, chunks, 2 * split.cols, dweight.data, param, begin, end);
+      if (output_mask[2]) reduce(from + second, chunks, 2 * split.cols, dbias.data, param, begin, end);
+    });
   }
   return {std::move(dx.tensor), std::move(dweight.tensor), std::move(dbias.tensor)};
 }

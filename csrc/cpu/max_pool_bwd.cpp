@@ -2,8 +2,8 @@
 //
 // Backward in the contiguous layout: a thread owns whole planes and adds the gradients of a plane's outputs in order.
 // Channels-last layout: every input pixel gathers from the windows that cover it, vectorised over channels, in the same
-// order. No element is written by two threads, so results do not depend on them. Indices that lie outside the plane are
-// skipped.
+// order; with few channels a thread owns whole images instead. No element is written by two threads, so results do not
+// depend on them. Indices that lie outside the plane are skipped.
 
 #include "common/pool.h"
 #include "common/vec.h"
@@ -14,44 +14,45 @@ namespace {
 // Where a stored index points: from an offset (number of a tap) or a flat position.
 class Resolver {
  public:
-  Resolver(const PoolShape& s, bool flat)
-      : h_(s.h.in), w_(s.w.in), step_h_(s.h.dilation), step_w_(s.w.dilation), gaps_(step_h_ > h_ || step_w_ > w_) {
-    if (flat) return;
+  explicit Resolver(const PoolBwd& a)
+      : h_(a.shape.h), w_(a.shape.w), gaps_(h_.dilation > h_.in || w_.dilation > w_.in) {
+    if (a.flat) return;
     for (int64_t tap = 0; tap < 256; ++tap) {
-      const bool exists = tap < s.h.kernel * s.w.kernel;
-      row_[tap] = exists ? tap / s.w.kernel * s.h.dilation : kNowhere;
-      col_[tap] = exists ? tap % s.w.kernel * s.w.dilation : kNowhere;
-      step_[tap] = exists ? int64_t(uint64_t(row_[tap]) * uint64_t(w_) + uint64_t(col_[tap])) : kNowhere;
+      const bool exists = tap < h_.kernel * w_.kernel;
+      row_[tap] = exists ? tap / w_.kernel * h_.dilation : kNowhere;
+      col_[tap] = exists ? tap % w_.kernel * w_.dilation : kNowhere;
+      step_[tap] = exists ? int64_t(uint64_t(row_[tap]) * uint64_t(w_.in) + uint64_t(col_[tap])) : kNowhere;
     }
   }
-  // Position in the plane for a window with its origin at (top, left), -1 if outside.
-  int64_t operator()(uint8_t tap, int64_t top, int64_t left) const {
-    const int64_t row = top + row_[tap], col = left + col_[tap];
-    return uint64_t(row) < uint64_t(h_) && uint64_t(col) < uint64_t(w_) ? row * w_ + col : -1;
+
+  // Position in the plane that the index of output (oh, ow) points to, negative if outside.
+  int64_t operator()(uint8_t tap, int64_t oh, int64_t ow) const {
+    const int64_t row = window_start(h_, oh) + row_[tap], col = window_start(w_, ow) + col_[tap];
+    return uint64_t(row) < uint64_t(h_.in) && uint64_t(col) < uint64_t(w_.in) ? row * w_.in + col : -1;
+  }
+  int64_t operator()(int64_t flat, int64_t oh, int64_t ow) const {
+    if (uint64_t(flat) >= uint64_t(h_.in * w_.in)) return -1;
+    // A window whose taps all miss the input has a position in padding, which may look like another row's.
+    return gaps_ && !(reaches(h_, oh) && reaches(w_, ow)) ? -1 : flat;
   }
   // The same for a window that lies inside the input as a whole.
-  int64_t inside(uint8_t tap, int64_t top, int64_t left) const { return top * w_ + left + step_[tap]; }
-  int64_t inside(int64_t flat, int64_t top, int64_t left) const { return (*this)(flat, top, left); }
-
-  int64_t operator()(int64_t flat, int64_t top, int64_t left) const {
-    if (uint64_t(flat) >= uint64_t(h_ * w_)) return -1;
-    // A window whose taps all miss the input has a position in padding, which may look like another row's.
-    if (gaps_ && !(reaches(top, step_h_, h_) && reaches(left, step_w_, w_))) return -1;
-    return flat;
+  int64_t inside(uint8_t tap, int64_t oh, int64_t ow) const {
+    return window_start(h_, oh) * w_.in + window_start(w_, ow) + step_[tap];
   }
+  int64_t inside(int64_t flat, int64_t oh, int64_t ow) const { return (*this)(flat, oh, ow); }
 
  private:
-  static bool reaches(int64_t start, int64_t step, int64_t size) {
-    return (start < 0 ? start + ceil_div(-start, step) * step : start) < size;
+  static int64_t window_start(const PoolDim& d, int64_t o) { return o * d.stride - d.padding; }
+  static bool reaches(const PoolDim& d, int64_t o) {
+    const int64_t start = window_start(d, o);
+    return (start < 0 ? start + ceil_div(-start, d.dilation) * d.dilation : start) < d.in;
   }
 
   static constexpr int64_t kNowhere = -(int64_t(1) << 62);
-  int64_t h_, w_, step_h_, step_w_;
-  bool gaps_;
+  const PoolDim h_, w_;
+  const bool gaps_;
   int64_t row_[256], col_[256], step_[256];
 };
-
-inline int64_t window_start(const PoolDim& d, int64_t o) { return o * d.stride - d.padding; }
 
 // Outputs [first, last) whose windows lie inside the input as a whole.
 struct Interior {
@@ -63,35 +64,52 @@ inline Interior interior(const PoolDim& d) {
   return {first, larger(first, smaller(last, d.out))};
 }
 
-// ---- backward, contiguous layout
+// ---- backward, a plane or an image at a time
 
-// Items are planes; `sums` holds one plane of the compute type unless that is T itself.
-template <class I, class T, class C>
-void scatter_planes(const PoolBwd& a, C* sums, int64_t begin, int64_t end) {
+// Items are planes, or images with all their channels if LAST; `sums` holds one of the compute type unless that is T.
+template <bool LAST, class I, class T, class C>
+void scatter_items(const PoolBwd& a, C* sums, int64_t begin, int64_t end) {
   const PoolShape& s = a.shape;
-  const int64_t outputs = s.h.out * s.w.out, inputs = s.h.in * s.w.in;
-  const Resolver resolve(s, a.flat);
+  const int64_t inner = LAST ? s.channels : 1, row_outputs = s.w.out * inner, inputs = s.h.in * s.w.in * inner;
+  const Resolver resolve(a);
   const Interior rows = interior(s.h), cols = interior(s.w);
-  for (int64_t plane = begin; plane < end; ++plane) {
-    const T* dy = static_cast<const T*>(a.dy) + plane * outputs;
-    const I* index = static_cast<const I*>(a.indices) + plane * outputs;
-    T* dx = static_cast<T*>(a.dx) + plane * inputs;
+  for (int64_t item = begin; item < end; ++item) {
+    const T* dy = static_cast<const T*>(a.dy) + item * s.h.out * row_outputs;
+    const I* index = static_cast<const I*>(a.indices) + item * s.h.out * row_outputs;
+    T* dx = static_cast<T*>(a.dx) + item * inputs;
     if constexpr (is_same<T, C>) sums = dx;
     sweep<C>(inputs, [&](int64_t i, int, auto extent) { store(sums + i, Vec<C>{}, extent); });
-    const auto add = [&](int64_t position, T value) {
-      if (position >= 0) sums[position] += to_compute(value);
+    const auto add = [&](int64_t position, int64_t o, int64_t c) {
+      if (position >= 0) sums[position * inner + c] += to_compute(dy[o]);
     };
-    for (int64_t oh = 0; oh < s.h.out; ++oh, dy += s.w.out, index += s.w.out) {
-      const int64_t top = window_start(s.h, oh);
+    for (int64_t oh = 0; oh < s.h.out; ++oh, dy += row_outputs, index += row_outputs) {
       const bool row_inside = oh >= rows.first && oh < rows.last;
       const int64_t first = row_inside ? cols.first : s.w.out, last = row_inside ? cols.last : s.w.out;
-      for (int64_t ow = 0; ow < first; ++ow) add(resolve(index[ow], top, window_start(s.w, ow)), dy[ow]);
-      for (int64_t ow = first; ow < last; ++ow) add(resolve.inside(index[ow], top, window_start(s.w, ow)), dy[ow]);
-      for (int64_t ow = last; ow < s.w.out; ++ow) add(resolve(index[ow], top, window_start(s.w, ow)), dy[ow]);
+      const auto border = [&](int64_t from, int64_t to) {
+        for (int64_t ow = from; ow < to; ++ow) {
+          for (int64_t c = 0, o = ow * inner; c < inner; ++c, ++o) add(resolve(index[o], oh, ow), o, c);
+        }
+      };
+      border(0, first);
+      for (int64_t ow = first; ow < last; ++ow) {
+        for (int64_t c = 0, o = ow * inner; c < inner; ++c, ++o) add(resolve.inside(index[o], oh, ow), o, c);
+      }
+      border(last, s.w.out);
     }
     if constexpr (!is_same<T, C>) {
       sweep<C>(inputs, [&](int64_t i, int, auto extent) { store(dx + i, load(sums + i, extent), extent); });
     }
+  }
+}
+
+template <class T, class C>
+void scatter(const PoolBwd& a, C* sums, int64_t begin, int64_t end) {
+  if (a.shape.channels_last) {
+    a.flat ? scatter_items<true, int64_t, T>(a, sums, begin, end)
+           : scatter_items<true, uint8_t, T>(a, sums, begin, end);
+  } else {
+    a.flat ? scatter_items<false, int64_t, T>(a, sums, begin, end)
+           : scatter_items<false, uint8_t, T>(a, sums, begin, end);
   }
 }
 
@@ -108,7 +126,7 @@ inline Covering covering(const PoolDim& d, int64_t in) {
 }
 // Tap of window o that reads input position `in`, -1 if it passes over it.
 inline int64_t tap_at(const PoolDim& d, int64_t o, int64_t in) {
-  const int64_t distance = in - window_start(d, o);
+  const int64_t distance = in - (o * d.stride - d.padding);
   if (d.dilation == 1) return distance;
   return distance % d.dilation == 0 ? distance / d.dilation : -1;
 }
@@ -172,7 +190,7 @@ void gather_rows(const PoolBwd& a, int64_t begin, int64_t end) {
 template <class I, class T>
 void pick_items(const PoolBwd& a, int64_t begin, int64_t end) {
   const PoolShape& s = a.shape;
-  const Resolver resolve(s, a.flat);
+  const Resolver resolve(a);
   const int64_t rows = s.channels_last ? 1 : s.h.out, inner = s.channels_last ? s.channels : 1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t outputs = item * rows * s.w.out * inner;
@@ -181,11 +199,10 @@ void pick_items(const PoolBwd& a, int64_t begin, int64_t end) {
     const I* index = static_cast<const I*>(a.indices) + outputs;
     T* y = static_cast<T*>(a.dx) + outputs;
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t top = window_start(s.h, s.channels_last ? item % s.h.out : row);
+      const int64_t oh = s.channels_last ? item % s.h.out : row;
       for (int64_t ow = 0; ow < s.w.out; ++ow) {
-        const int64_t left = window_start(s.w, ow);
         for (int64_t c = 0; c < inner; ++c, ++index, ++y) {
-          const int64_t position = resolve(*index, top, left);
+          const int64_t position = resolve(*index, oh, ow);
           *y = position >= 0 ? x[position * inner + c] : T{};
         }
       }
@@ -195,13 +212,9 @@ void pick_items(const PoolBwd& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-// Planes [begin, end) of the contiguous layout.
+// Planes of the contiguous layout, or images of the channels-last layout, [begin, end).
 void max_pool_scatter(const PoolBwd& a, void* sums, int64_t begin, int64_t end) {
-  if (a.flat) {
-    PYDL_FLOAT_SWITCH(a.dtype, scatter_planes<int64_t, T>(a, static_cast<compute_t<T>*>(sums), begin, end));
-  } else {
-    PYDL_FLOAT_SWITCH(a.dtype, scatter_planes<uint8_t, T>(a, static_cast<compute_t<T>*>(sums), begin, end));
-  }
+  PYDL_FLOAT_SWITCH(a.dtype, scatter<T>(a, static_cast<compute_t<T>*>(sums), begin, end));
 }
 
 // Rows [begin, end) of the batch * h.in input rows of the channels-last layout.
@@ -234,6 +247,18 @@ PYDL_CPU_DECLARE(void, max_pool_pick, const PoolBwd&, int64_t, int64_t)
 
 namespace {
 
+// A thread owns planes, or images of few channels, and adds up its outputs.
+void run_scatter(const PoolBwd& a) {
+  const PoolShape& s = a.shape;
+  const Dtype compute = host::compute_dtype(a.dtype);
+  const int64_t items = s.channels_last ? s.batch : s.batch * s.channels, inner = s.channels_last ? s.channels : 1;
+  const int64_t inputs = s.h.in * s.w.in * inner, outputs = s.h.out * s.w.out * inner;
+  host::parallel(items, inputs / 4 + outputs * 4, [&](int64_t begin, int64_t end) {
+    const host::Scratch sums(compute == a.dtype ? 0 : inputs * host::size_of(compute));
+    PYDL_CPU_DISPATCH(max_pool_scatter)(a, sums.get(), begin, end);
+  });
+}
+
 Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t height, int64_t width,
                       const Sizes& window) {
   const char* const op = "max_pool2d_bwd";
@@ -246,16 +271,12 @@ Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t hei
   Output dx = empty_pool(s, height, width, grad.dtype);
   if (s.batch * s.channels == 0) return std::move(dx.tensor);
   const PoolBwd a{s, grad.data, index.data, dx.data, index.dtype == Dtype::kInt64, grad.dtype};
-  if (s.channels_last) {
+  constexpr int64_t kFewChannels = 8;  // fewer leave most lanes of a vector empty
+  if (s.channels_last && s.channels >= kFewChannels) {
     host::parallel(s.batch * height, width * s.channels * 4,
                    [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_gather_rows)(a, begin, end); });
   } else {
-    const Dtype compute = host::compute_dtype(grad.dtype);
-    const int64_t plane = compute == grad.dtype ? 0 : height * width * host::size_of(compute);
-    host::parallel(s.batch * s.channels, height * width / 4 + s.h.out * s.w.out * 4, [&](int64_t begin, int64_t end) {
-      const host::Scratch sums(plane);
-      PYDL_CPU_DISPATCH(max_pool_scatter)(a, sums.get(), begin, end);
-    });
+    run_scatter(a);
   }
   return std::move(dx.tensor);
 }

@@ -1,8 +1,8 @@
 // One pooling window: which of its taps lie inside the input, and the running best of a vector of windows.
 #pragma once
 
-#include "common/vec.h"
 #include "common/pool.h"
+#include "common/vec.h"
 
 namespace pydl::PYDL_ISA {
 namespace {
