@@ -32,6 +32,7 @@ BACKENDS = ("cpu", "cuda", "triton", "torch", "simt")
 NAMESPACES = {"cpu": "pydl", "cuda": "pydl", "triton": "pydl_triton", "simt": "pydl_simt"}
 MIN_CAPABILITY = (8, 0)
 
+_jit_is_tracing = torch._C._is_tracing
 _log = logging.getLogger("pydl")
 _DISABLED = frozenset(name.strip() for name in os.environ.get("PYDL_DISABLE", "").split(",") if name.strip())
 _STRICT = os.environ.get("PYDL_STRICT", "0") not in ("", "0")
@@ -190,8 +191,8 @@ def choose(family: Family, x: Tensor, declined: str = "") -> Decision:
     Raises:
         RuntimeError: a forced backend cannot run the call, or ``PYDL_STRICT=1`` and the call falls back to torch.
     """
-    if x.layout is not torch.strided:
-        declined = declined or f"layout {x.layout} is left to torch"
+    if x.layout is not torch.strided or x.is_nested:
+        declined = declined or ("nested tensors are" if x.is_nested else f"layout {x.layout} is") + " left to torch"
     if torch.compiler.is_compiling():
         op, name, reason, fallback = _choose_compiling(
             family.name, x.device.type, str(x.dtype), _kind(x), declined, _forced
@@ -199,6 +200,8 @@ def choose(family: Family, x: Tensor, declined: str = "") -> Decision:
         return Decision(op, name, reason, fallback)
     if not declined and forward_ad._current_level >= 0:
         declined = "forward-mode differentiation is left to torch"
+    if not declined and _jit_is_tracing():
+        declined = "torch.jit.trace is left to torch: its graph cannot hold a Python autograd.Function"
     if declined:
         decision = _resolve(family, x.device, x.dtype, _kind(x), declined, _forced)
     else:

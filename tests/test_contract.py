@@ -24,12 +24,11 @@ _NEEDED: list[tuple[bool, ...]] = []
 
 def _fwd_setup(ctx, inputs, outputs):
     x, w, s = inputs
-    ctx.mark_non_differentiable(outputs[1])
     ctx.save_for_backward(x, w)
     ctx.s = s
 
 
-def _fwd_backward(ctx, dy, _):
+def _fwd_backward(ctx, dy):
     x, w = ctx.saved_tensors
     if dy is None:
         return None, None, None
@@ -70,6 +69,7 @@ _FWD = Op(
     fake=_fwd_fake,
     setup=_fwd_setup,
     backward=_fwd_backward,
+    hidden=1,
 )
 _BWD = Op(
     "toy_bwd",
@@ -103,7 +103,7 @@ def toy(x: Tensor, w: Tensor | None = None, s: float = SCALE) -> Tensor:
     decision = choose(_FAMILY, x)
     if decision.backend == "torch":
         return s * x**3 * (1 if w is None else w)
-    return _FWD(decision, x, w, s)[0]
+    return _FWD(decision, x, w, s)
 
 
 def formula(x: Tensor, w: Tensor | None = None, s: float = SCALE) -> Tensor:
@@ -283,13 +283,19 @@ def test_autocast_leaves_the_gradient_dtype_alone() -> None:
     assert x.grad is not None and x.grad.dtype == torch.float32
 
 
-def test_undefined_gradients_arrive_as_none() -> None:
+def test_hidden_outputs_take_no_part_in_autograd() -> None:
     x = torch.randn(3, requires_grad=True)
-    _, aside = _FWD(Decision("toy", "cpu", ""), x, None, SCALE)
-    assert not aside.requires_grad
-    # the output is part of the graph but gets no gradient: the formula must survive dy = None
-    (g,) = torch.autograd.grad(x.sum() + 0 * toy(x).detach().sum(), x)
-    torch.testing.assert_close(g, torch.ones(3))
+    assert isinstance(_FWD(Decision("toy", "cpu", ""), x, None, SCALE), Tensor)
+    y, aside = torch.ops.pydl.toy_fwd(x, None, SCALE)
+    assert y.requires_grad and not aside.requires_grad
+
+
+def test_undefined_gradients_arrive_as_none() -> None:
+    # a gradient of the backward that is wanted for one of its two results only: the other one's cotangent is None
+    x, w = pair(3)
+    dx, _ = torch.autograd.grad(toy(x, w).sum(), (x, w), create_graph=True)
+    (second,) = torch.autograd.grad(dx.sum(), x)
+    torch.testing.assert_close(second, 6 * SCALE * (w * x).detach())
 
 
 def test_functional_tensors_and_fake_mode() -> None:

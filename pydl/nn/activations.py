@@ -9,6 +9,10 @@ from pydl.ops.activations import gelu, heaviside_step, leaky_relu, relu, sigmoid
 
 __all__ = ["GELU", "HeavisideStep", "LeakyReLU", "ReLU", "SiLU", "Sigmoid", "Tanh"]
 
+# torch.fx traces into modules outside torch.nn: the op must be a leaf there, as torch's is
+for _name in ("gelu", "heaviside_step", "leaky_relu", "relu", "sigmoid", "silu", "tanh"):
+    torch.fx.wrap(_name)
+
 
 class ReLU(torch.nn.ReLU):
     """torch.nn.ReLU on :func:`pydl.ops.relu`; any shape."""

@@ -9,6 +9,9 @@ from pydl.ops.layer_norm import layer_norm
 
 __all__ = ["LayerNorm"]
 
+# torch.fx traces into modules outside torch.nn: the op must be a leaf there, as torch's is
+torch.fx.wrap("layer_norm")
+
 
 class LayerNorm(torch.nn.LayerNorm):
     """torch.nn.LayerNorm whose forward is :func:`pydl.ops.layer_norm`; same arguments, parameters and state_dict.

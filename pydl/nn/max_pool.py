@@ -11,6 +11,9 @@ from pydl.ops.max_pool import max_pool2d
 
 __all__ = ["MaxPool2d"]
 
+# torch.fx traces into modules outside torch.nn: the op must be a leaf there, as torch's is
+torch.fx.wrap("max_pool2d")
+
 
 class MaxPool2d(torch.nn.MaxPool2d):
     """torch.nn.MaxPool2d whose forward is :func:`pydl.ops.max_pool2d`; same arguments.

@@ -46,6 +46,8 @@ class Op:
         setup: ``setup(ctx, inputs, outputs)`` saves for the backward; ``None`` for an op without a derivative.
         backward: ``backward(ctx, *grads)`` returns one gradient (or ``None``) for each input; ``ctx.decision`` is the
             decision of the forward and must be handed to the ops it calls. Undefined gradients arrive as ``None``.
+        hidden: how many of the last outputs are for the backward alone: never differentiable, not handed to callers.
+            Eager calls then need not wrap them (layer_norm with a gradient: 2 us).
         triton: ``"module:function"`` below ``pydl.kernels``, imported on the first call; takes the schema's arguments.
     """
 
@@ -57,11 +59,13 @@ class Op:
         fake: Formula,
         setup: Formula | None = None,
         backward: Formula | None = None,
+        hidden: int = 0,
         triton: str | None = None,
     ) -> None:
         if (setup is None) != (backward is None):
             raise ValueError(f"Op {name}: setup and backward go together")
         self.name = name
+        self.hidden = hidden
         self._handles: dict[str, _Handle] = {}
         for namespace in dict.fromkeys(NAMESPACES.values()):
             torch.library.define(f"{namespace}::{name}", schema)
@@ -76,15 +80,22 @@ class Op:
         """Run on the decided backend, recording autograd history only when a gradient is wanted."""
         handle = self._handles[NAMESPACES[decision.backend]]
         if torch.compiler.is_compiling():
-            return handle.overload(*args)
+            return _visible(handle.overload(*args), self.hidden)
         if _transforms_active():
-            return handle.overload(*args) if handle.transform is None else handle.transform.apply(*args)
+            run = handle.overload if handle.transform is None else handle.transform.apply
+            return _visible(run(*args), self.hidden)
         if handle.eager is not None and torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
                     return handle.eager.apply(*args, decision)
         with _BelowAutograd():
-            return handle.overload(*args)
+            return _visible(handle.overload(*args), self.hidden)
+
+
+def _visible(out: Any, hidden: int) -> Any:
+    if not hidden:
+        return out
+    return out[0] if len(out) == hidden + 1 else out[:-hidden]
 
 
 class _Handle:
@@ -101,10 +112,12 @@ class _Handle:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.set_materialize_grads(False)
             ctx.decision = by_dispatcher
+            if op.hidden:
+                ctx.mark_non_differentiable(*output[-op.hidden :])
             setup(ctx, inputs, output)
 
         def formula(ctx: Any, *grads: Tensor | None) -> Any:
-            return backward(ctx, *grads)
+            return backward(ctx, *grads[: len(grads) - op.hidden])
 
         torch.library.register_autograd(f"{namespace}::{op.name}", formula, setup_context=setup_context)
         self.eager = _eager_function(op, self.overload, setup, backward)
@@ -112,6 +125,8 @@ class _Handle:
 
 
 def _eager_function(op: Op, overload: Any, setup: Formula, backward: Formula) -> type:
+    hidden = op.hidden
+
     def forward(ctx: Any, *args: Any) -> Any:
         # the decision comes last, so that ctx.needs_input_grad counts as it does under register_autograd
         *args, ctx.decision = args  # type: ignore[assignment]
@@ -119,7 +134,7 @@ def _eager_function(op: Op, overload: Any, setup: Formula, backward: Formula) ->
             out = overload(*args)
         ctx.set_materialize_grads(False)
         setup(ctx, args, out)
-        return out
+        return _visible(out, hidden)
 
     def run_backward(ctx: Any, *grads: Tensor | None) -> Any:
         decision = ctx.decision

@@ -58,7 +58,8 @@ def layer_norm(
     decision = choose(_FAMILY, input)
     if decision.backend == "torch":
         return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
-    return _fwd(decision, input, normalized_shape, weight, bias, eps)[0]
+    y: Tensor = _fwd(decision, input, normalized_shape, weight, bias, eps)
+    return y
 
 
 def _fits(input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -154,13 +155,12 @@ def _bwd_fake(
 def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     x, normalized_shape, weight, bias, _ = inputs
     _, mean, rstd = outputs
-    ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, weight, mean, rstd)
     ctx.normalized_shape = normalized_shape
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _fwd_backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _fwd_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return None, None, None, None, None
     x, weight, mean, rstd = ctx.saved_tensors
@@ -240,6 +240,7 @@ _fwd = Op(
     fake=_fwd_fake,
     setup=_fwd_setup,
     backward=_fwd_backward,
+    hidden=2,
     triton="layer_norm:layer_norm_fwd",
 )
 _bwd = Op(

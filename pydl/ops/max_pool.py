@@ -86,7 +86,7 @@ def _pair(name: str, value: _Ints) -> list[int]:
     if type(value) is int:
         return [value, value]
     values = list(value) if isinstance(value, (tuple, list)) else [value]
-    if any(isinstance(v, bool) or not (isinstance(v, torch.SymInt) or hasattr(v, "__index__")) for v in values):
+    if any(isinstance(v, bool) or not (isinstance(v, (int, torch.SymInt)) or hasattr(v, "__index__")) for v in values):
         raise TypeError(f"max_pool2d: argument {name!r} must be an int or a tuple of two ints, got {value!r}")
     # NumPy's integers count too
     values = [v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in values]  # type: ignore[arg-type]
