@@ -182,6 +182,36 @@ def test_compile_after_accelerate() -> None:
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_trace_after_accelerate_holds_torch_s_operators() -> None:
+    model, x = lenet(), torch.randn(2, 1, 8, 8)
+    expected = model(x)
+    pydl.accelerate(model)
+    # the parameters want gradients, as in any model that is traced without no_grad
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), expected)
+    assert "aten::layer_norm" in str(traced.inlined_graph) and "pydl::" not in str(traced.inlined_graph)
+    traced(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_symbolic_trace_after_accelerate() -> None:
+    model, x = lenet(), torch.randn(2, 1, 8, 8)
+    expected = model(x)
+    pydl.accelerate(model)
+    graph = torch.fx.symbolic_trace(model)
+    with pydl.trace() as seen:
+        torch.testing.assert_close(graph(x), expected)
+    assert [record.op for record in seen] == ["relu", "max_pool2d", "layer_norm"]
+
+
+def test_nested_tensors_go_to_torch() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)])
+    with pydl.trace() as seen:
+        assert pydl.nn.GELU()(nested).is_nested
+    assert seen[0].backend == "torch" and "nested" in seen[0].reason
+
+
 def test_copies_and_pickles_can_be_restored() -> None:
     model = lenet()
     pydl.accelerate(model)

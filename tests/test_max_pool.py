@@ -243,6 +243,8 @@ def test_arguments_as_torch_takes_them():
         assert_same_bits(ops.max_pool2d(x, 2, stride), F.max_pool2d(x, 2))
     for two in (np.int64(2), np.uint8(2), torch.tensor(2), (np.int32(2), 2), [2]):
         assert_same_bits(ops.max_pool2d(x, two), F.max_pool2d(x, 2))
+    whole = torch.compile(lambda t: ops.max_pool2d(t, t.shape[-2:]), backend="eager", fullgraph=True, dynamic=True)
+    assert_same_bits(whole(x), F.max_pool2d(x, 6))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -431,8 +433,7 @@ def test_compile(memory_format):
     def fn(x):
         return ops.max_pool2d(x, 3, 2, 1) * 2
 
-    shapes = [[distinct(2, 3, 8, 8).contiguous(memory_format=memory_format)], [distinct(1, 3, 11, 6)]]
-    check_compile(fn, [*shapes[:1], [shapes[1][0].contiguous(memory_format=memory_format)]])
+    check_compile(fn, [[distinct(*s).contiguous(memory_format=memory_format)] for s in ((2, 3, 8, 8), (1, 3, 11, 6))])
 
 
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float32))
