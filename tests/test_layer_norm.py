@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -369,3 +370,18 @@ def test_nothing_is_kept_for_a_backward_nobody_wants():
 def test_unbatched_vector_equals_a_row():
     x = torch.randn(9)
     assert_same_bits(ops.layer_norm(x, (9,)), ops.layer_norm(x[None], (9,))[0])
+
+
+def test_arguments_as_torch_takes_them():
+    x = torch.randn(3, 8)
+    for shape in ((8,), [8], torch.Size([8]), (np.int64(8),), (torch.tensor(8),)):
+        for eps in (1e-3, np.float32(1e-3), torch.tensor(1e-3)):
+            torch.testing.assert_close(ops.layer_norm(x, shape, eps=eps), F.layer_norm(x, (8,), eps=1e-3))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_go_to_torch():
+    rows, weight, bias = [torch.randn(2, 8), torch.randn(3, 8)], torch.randn(8), torch.randn(8)
+    y = ops.layer_norm(torch.nested.nested_tensor(rows), (8,), weight, bias)
+    for one, row in zip(y.unbind(), rows):
+        torch.testing.assert_close(one, F.layer_norm(row, (8,), weight, bias))

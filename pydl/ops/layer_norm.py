@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydl.ops._contract import Op
 __all__ = ["layer_norm"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_INTS = (int, torch.SymInt)
 _FAMILY = Family(
     "layer_norm",
     ops=("layer_norm_fwd", "layer_norm_bwd"),
@@ -51,7 +53,7 @@ def layer_norm(
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
     if type(eps) is not float or not _fits(input, normalized_shape, weight, bias):
-        _check(input, normalized_shape, weight, bias, eps)
+        normalized_shape, eps = _check(input, normalized_shape, weight, bias, eps)
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         input = input.float()
         weight, bias = (t if t is None else t.float() for t in (weight, bias))
@@ -66,7 +68,7 @@ def _fits(input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tens
     """Whether the arguments are of the usual, plainly valid kind: a cheap test before the one that explains."""
     if not (isinstance(input, Tensor) and type(shape) is tuple and shape and input.is_floating_point()):
         return False
-    if type(shape[0]) is not int or input.shape[-len(shape) :] != shape:
+    if type(shape[0]) is not int or input.is_nested or input.shape[-len(shape) :] != shape:
         return False
     dtype, device = input.dtype, input.device
     for t in (weight, bias):
@@ -79,7 +81,8 @@ def _fits(input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tens
 
 def _check(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> None:
+) -> tuple[Sequence[int], float]:
+    """Explains what does not fit; else the shape and eps in Python's own numbers."""
     if not isinstance(input, Tensor):
         raise TypeError(f"layer_norm: argument 'input' must be a Tensor, got {type(input).__name__}")
     if not isinstance(normalized_shape, (tuple, list)):
@@ -87,12 +90,16 @@ def _check(
         raise TypeError(f"layer_norm: argument 'normalized_shape' must be a tuple of ints, got {kind}")
     if not input.is_floating_point():
         raise NotImplementedError(f"layer_norm: argument 'input' must be floating point, got {input.dtype}")
-    if not isinstance(eps, (float, int)):
+    if not isinstance(eps, (float, int)) and not hasattr(eps, "__float__"):
         raise TypeError(f"layer_norm: argument 'eps' must be a number, got {eps!r}")
-    size = list(normalized_shape)
-    n = len(size)
-    if any(type(s) is not int and (isinstance(s, bool) or not isinstance(s, (int, torch.SymInt))) for s in size):
+    if any(isinstance(s, bool) or not (isinstance(s, _INTS) or hasattr(s, "__index__")) for s in normalized_shape):
         raise TypeError(f"layer_norm: argument 'normalized_shape' must be a tuple of ints, got {normalized_shape!r}")
+    # NumPy's numbers count too
+    size: list[int] = [s if isinstance(s, _INTS) else operator.index(s) for s in normalized_shape]  # type: ignore[misc]
+    eps = float(eps)
+    if input.is_nested:  # ragged: torch has rules of its own
+        return size, eps
+    n = len(size)
     if n == 0:
         raise RuntimeError("layer_norm: argument 'normalized_shape' must have at least one dimension, got []")
     if input.dim() < n or list(input.shape[-n:]) != size:
@@ -107,6 +114,7 @@ def _check(
         raise RuntimeError(
             f"layer_norm: arguments 'weight' and 'bias' must have one dtype, got {weight.dtype} and {bias.dtype}"
         )
+    return size, eps
 
 
 def _check_parameter(name: str, t: Tensor, input: Tensor, size: list[int]) -> None:
