@@ -1,6 +1,6 @@
-// Layer normalisation over the last dimensions, forward, seen as rows of `cols` elements: the mean, then the squared
-// deviations from it (corrected two-pass algorithm: Chan, Golub, LeVeque, "Algorithms for computing the sample
-// variance", 1983), then the row is written. After the first pass a row is read from cache.
+// Layer normalisation over the last dimensions, forward, seen as rows of `cols` elements. Mean and variance are found
+// in one pass over shifted data (Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983), in a
+// second if the shift was poor; then the row, by now in cache, is read again and written.
 
 #include "cpu/layer_norm.h"
 
@@ -54,36 +54,47 @@ RowMoments<float> moments_in_double(const float* x, int64_t n, double eps) {
   return {float(mean), float(mean - float(mean)), float(rstd)};
 }
 
-// Long rows are summed block by block, so that rounding grows with the number of blocks and not of elements.
+// Mean of x - centre, and from it the variance. Long rows are summed block by block, so that rounding grows with the
+// number of blocks and not of elements.
 template <class C>
-RowMoments<C> row_moments(const C* x, int64_t n, double eps) {
-  Vec<C> total = {};
+struct Deviation {
+  C mean, variance;
+};
+template <class C>
+Deviation<C> deviation(const C* x, int64_t n, C centre) {
+  Vec<C> total = {}, squares = {};
   for (int64_t start = 0; start < n; start += kSumBlock) {
-    Vec<C> block[4] = {};
-    sweep<C>(smaller(kSumBlock, n - start),
-             [&](int64_t i, int slot, auto extent) { block[slot] += load(x + start + i, extent); });
-    total += add_up(block);
-  }
-  const C first = sum(total) / C(n);
-  const Vec<C> centre = splat(first);
-  Vec<C> rest = {}, squares = {};
-  for (int64_t start = 0; start < n; start += kSumBlock) {
-    Vec<C> block_rest[4] = {}, block_squares[4] = {};
+    Vec<C> block_total[4] = {}, block_squares[4] = {};
     sweep<C>(smaller(kSumBlock, n - start), [&](int64_t i, int slot, auto extent) {
-      const Vec<C> d = load(x + start + i, extent, centre) - centre;
-      block_rest[slot] += d;
+      const Vec<C> d = load(x + start + i, extent, splat(centre)) - centre;
+      block_total[slot] += d;
       block_squares[slot] += d * d;
     });
-    rest += add_up(block_rest);
+    total += add_up(block_total);
     squares += add_up(block_squares);
   }
-  const C correction = sum(rest) / C(n);
-  const C variance = sum(squares) / C(n) - correction * correction;
-  if constexpr (sizeof(C) == 4) {
-    if (!is_finite(first) || !is_finite(variance)) return moments_in_double(x, n, eps);
+  const C mean = sum(total) / C(n);
+  return {mean, sum(squares) / C(n) - mean * mean};
+}
+
+// Deviations are taken from the mean of the first elements. Where that turns out to be further from the mean than a
+// standard deviation, digits of the variance have cancelled, and it is taken again from what is now known of the mean.
+template <class C>
+RowMoments<C> row_moments(const C* x, int64_t n, double eps) {
+  const int64_t head = smaller(n, 64);
+  Vec<C> first[4] = {};
+  sweep<C>(head, [&](int64_t i, int slot, auto extent) { first[slot] += load(x + i, extent); });
+  C centre = sum(add_up(first)) / C(head);
+  Deviation<C> d = deviation(x, n, centre);
+  if (d.mean * d.mean > d.variance) {
+    centre += d.mean;
+    d = deviation(x, n, centre);
   }
-  const C mean = first + correction;
-  return {mean, (first - mean) + correction, C(1) / square_root((variance > 0 ? variance : C(0)) + C(eps))};
+  if constexpr (sizeof(C) == 4) {
+    if (!is_finite(centre + d.mean) || !is_finite(d.variance)) return moments_in_double(x, n, eps);
+  }
+  const C mean = centre + d.mean;
+  return {mean, (centre - mean) + d.mean, C(1) / square_root((d.variance > 0 ? d.variance : C(0)) + C(eps))};
 }
 
 template <class T, class C>

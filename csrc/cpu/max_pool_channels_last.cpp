@@ -26,6 +26,9 @@ inline void pool_channels(const PoolFwd& a, const T* x, Taps rows, Taps cols, in
   }
 }
 
+// Vectors at once, as the registers allow: reading a pixel's channels in one go is what the prefetcher likes.
+inline constexpr int kMany = PYDL_VEC_BYTES == 64 ? 16 : 8;
+
 // Items are output rows of images.
 template <bool INDEX, class T, class C>
 void channels_last_rows(const PoolFwd& a, int64_t begin, int64_t end) {
@@ -43,8 +46,8 @@ void channels_last_rows(const PoolFwd& a, int64_t begin, int64_t end) {
       const T* x = static_cast<const T*>(a.x) + (empty ? 0 : ((n * s.h.in + ih) * s.w.in + iw) * s.channels);
       const int64_t window = top * s.w.in + left;
       int64_t c = 0;
-      for (; c + 16 * L <= s.channels; c += 16 * L) {
-        pool_channels<16, INDEX, T, C>(a, x + c, rows, cols, position + c, window, Whole{});
+      for (; c + kMany * L <= s.channels; c += kMany * L) {
+        pool_channels<kMany, INDEX, T, C>(a, x + c, rows, cols, position + c, window, Whole{});
       }
       for (; c + 4 * L <= s.channels; c += 4 * L) {
         pool_channels<4, INDEX, T, C>(a, x + c, rows, cols, position + c, window, Whole{});
