@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ NAMESPACES = {"cpu": "pydl", "cuda": "pydl", "triton": "pydl_triton", "simt": "p
 MIN_CAPABILITY = (8, 0)
 
 _jit_is_tracing = torch._C._is_tracing
+_transforms_active = torch._C._are_functorch_transforms_active
 _log = logging.getLogger("pydl")
 _DISABLED = frozenset(name.strip() for name in os.environ.get("PYDL_DISABLE", "").split(",") if name.strip())
 _STRICT = os.environ.get("PYDL_STRICT", "0") not in ("", "0")
@@ -100,6 +102,14 @@ _logged: set[Decision] = set()
 def families() -> dict[str, Family]:
     """All public ops known to the chooser, by name."""
     return dict(_families)
+
+
+def check_environment() -> None:
+    """Warn of names in PYDL_DISABLE that no op has; called once all ops are known."""
+    unknown = sorted(_DISABLED - _families.keys() - {"all"})
+    if unknown:
+        known = ", ".join(sorted(_families))
+        warnings.warn(f"PYDL_DISABLE names no op of pydl: {', '.join(unknown)} (ops: {known}, all)", stacklevel=2)
 
 
 class backend:
@@ -200,6 +210,8 @@ def choose(family: Family, x: Tensor, declined: str = "") -> Decision:
         return Decision(op, name, reason, fallback)
     if not declined and forward_ad._current_level >= 0:
         declined = "forward-mode differentiation is left to torch"
+    if not declined and _transforms_active() and _inside_vmap():
+        declined = "vmap is left to torch, whose own ops need no loop over the batch"
     if not declined and _jit_is_tracing():
         declined = "torch.jit.trace is left to torch: its graph cannot hold a Python autograd.Function"
     if declined:
@@ -213,6 +225,11 @@ def choose(family: Family, x: Tensor, declined: str = "") -> Decision:
     if _traces or _log.level == logging.INFO:
         record(decision, "forward")
     return decision
+
+
+def _inside_vmap() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
 def _kind(x: Tensor) -> str:

@@ -7,6 +7,7 @@ import pkgutil
 from typing import Any
 
 from pydl import _library
+from pydl.backend import check_environment
 
 _library.cpu_library()
 _library.cuda_library()
@@ -26,3 +27,4 @@ _public = _collect()
 # after all imports: a function named like its module must win the attribute
 globals().update(_public)
 __all__ = sorted(_public)
+check_environment()

@@ -109,12 +109,14 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         Tensor of the input's shape, dtype and (if dense) layout.
 
     Raises:
-        TypeError: input is no tensor.
+        TypeError: input is no tensor, or approximate no str.
         RuntimeError: approximate is neither "none" nor "tanh".
         NotImplementedError: integer input.
 
     Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016.
     """
+    if not isinstance(approximate, str):
+        raise TypeError(f"gelu: argument 'approximate' must be a str, got {approximate!r}")
     if approximate not in ("none", "tanh"):
         raise RuntimeError(f"gelu: argument 'approximate' must be 'none' or 'tanh', got {approximate!r}")
     kind = "gelu" if approximate == "none" else "gelu_tanh"

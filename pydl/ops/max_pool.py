@@ -25,6 +25,8 @@ _FAMILY = Family(
 )
 # an offset inside the window is one byte; a larger window keeps torch's flat index
 MAX_OFFSET_WINDOW = 255
+# sizes of windows from which products of addresses could pass 2^63
+LIMIT = 2**31
 
 _Ints = int | Sequence[int]
 
@@ -133,6 +135,11 @@ def _check(
         if k[axis] <= 0 or s[axis] <= 0 or d[axis] <= 0:
             name, value = next((n, v) for n, v in (("kernel_size", k), ("stride", s), ("dilation", d)) if v[axis] <= 0)
             raise RuntimeError(f"max_pool2d: argument {name!r} must be greater than zero, got {value}")
+        if max(k[axis], s[axis], d[axis]) >= LIMIT:
+            raise RuntimeError(
+                "max_pool2d: arguments 'kernel_size', 'stride' and 'dilation' must be below 2^31, "
+                f"got kernel_size={k}, stride={s}, dilation={d}"
+            )
         if p[axis] < 0 or 2 * p[axis] > k[axis]:
             raise RuntimeError(
                 f"max_pool2d: argument 'padding' must be non-negative and at most half of kernel_size={k}, got {p}"
