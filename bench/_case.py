@@ -33,7 +33,8 @@ class Case:
 
     targets maps "<device> <mode>" to {metric: bound}; metrics are TARGET_METRICS, where host_us is an upper bound and
     the others are lower bounds. `grad` makes the forward record a graph (the host cost "with gradient"); `host` marks a
-    case so small that its time is the host's cost of a call; `panel` puts it into the ten-second panel.
+    case so small that its time is the host's cost of a call; `panel` puts it into the ten-second panel. `why_missed`
+    says, by "<device> <mode>", what a missed target comes from; it becomes the row's note.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case:
     grad: bool = False
     host: bool = False
     panel: bool = False
+    why_missed: dict[str, str] = field(default_factory=dict)
 
     def target(self, device: str, mode: str, dtype: str) -> dict[str, float]:
         """Targets of a row; they are stated for fp32 on CPU and bf16 on a GPU, other types carry none."""

@@ -286,6 +286,8 @@ def _fill(
         if row["provider"] == "pydl":
             row["target"] = group.case.target(group.device, group.mode, group.dtype)
             row["met"] = target_met(row)
+            if row["met"] is False:
+                row["note"] = group.case.why_missed.get(f"{group.device} {group.mode}", "")
 
 
 def share_of_roof(bytes_: int, flops: int, ms: float, roof: dict[str, float]) -> float | None:

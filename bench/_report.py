@@ -100,6 +100,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     text += f"; wrong results: {len(wrong)}"
     for row in missed:
         text += f"\n  missed  {_where(row)}: {_measured(row)} ({target_text(row)})"
+        text += f"\n          {row['note']}" if row["note"] else ""
     for row in wrong:
         text += f"\n  wrong   {_where(row)} {row['provider']}: {row['note']}"
     noisy = sum(is_noisy(row) for row in rows)

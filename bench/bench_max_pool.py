@@ -13,6 +13,8 @@ FUNCTION = "max_pool2d"
 _HOST = {"cpu fwd": {"host_us": 8.0}, "cuda fwd": {"host_us": 20.0}}
 _HOST_GRAD = {"cpu fwd": {"host_us": 16.0}, "cuda fwd": {"host_us": 30.0}}
 _GPU = {"cuda fwd": {"ratio_to_torch": 1.8, "ratio_to_compile": 1.0}, "cuda bwd": {"ratio_to_torch": 1.5}}
+_CALL = "autograd.Function adds about 8 us to the 6 us of the operator with offsets; a busy processor doubles both"
+_NEAR = "the gather reads dy and offsets once for each of up to four windows; 1.47 to 1.69 from run to run"
 
 
 def _shape(*shape: int, channels_last: bool = False, window: tuple[int, int, int] = (3, 2, 1)) -> dict[str, Any]:
@@ -35,6 +37,7 @@ CASES = [
         devices=("cpu", "cuda"),
         targets={"cpu fwd": {"ratio_to_torch": 1.3}, "cpu bwd": {"ratio_to_torch": 1.5}},
         panel=True,
+        why_missed={"cpu bwd": _NEAR},
     ),
     Case("small-1x64x56x56", _shape(1, 64, 56, 56)),
     Case("small-1x64x56x56-cl", _shape(1, 64, 56, 56, channels_last=True)),
@@ -43,8 +46,10 @@ CASES = [
     Case("large-16x64x112x112-cl", _shape(16, 64, 112, 112, channels_last=True)),
     Case("128x64x112x112", _shape(128, 64, 112, 112), devices=("cuda",), targets=_GPU, panel=True),
     Case("128x64x112x112-cl", _shape(128, 64, 112, 112, channels_last=True), ("cuda",), targets=_GPU, panel=True),
-    Case("host-8", _TINY, ("cpu", "cuda"), ("fwd",), _HOST, host=True),
-    Case("host-8-grad", _TINY, ("cpu", "cuda"), ("fwd",), _HOST_GRAD, grad=True, host=True),
+    Case("host-8", _TINY, ("cpu", "cuda"), ("fwd",), _HOST, host=True, why_missed={"cpu fwd": _CALL}),
+    Case(
+        "host-8-grad", _TINY, ("cpu", "cuda"), ("fwd",), _HOST_GRAD, grad=True, host=True, why_missed={"cpu fwd": _CALL}
+    ),
 ]
 
 
