@@ -132,7 +132,7 @@ def banned():
         (r"__CUDA_" + r"ARCH__", native, "variants are chosen by template, so that the host runs them too"),
         (r"\b(TO" + r"DO|FIX" + r"ME|XX" + "X|HA" + r"CK)\b", SOURCES, "a plan belongs in the tracker"),
         (
-            r"[\"'\s(=](/" + r"home/|/root/|/Us" + r"ers/|/tm" + r"p/|/wo" + r"rk/|/mn" + r"t/)",
+            r"[\"'\s(=]/(home|root|Users|tmp|work|mnt)/",
             SOURCES,
             "an absolute path",
         ),
