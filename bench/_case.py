@@ -2,11 +2,16 @@
 
 A bench file is named after its op and defines
 
-    FUNCTION     name in torch.nn.functional and pydl.functional (a case may name another one)
+    FUNCTION     name in pydl.ops and torch.nn.functional (a case may name another one)
     CASES        list of Case
     inputs(case, dtype, device, generator) -> Call
     work(case, itemsize) -> {"fwd": (bytes, flops), "bwd": (bytes, flops)}     compulsory traffic and arithmetic
     providers(case) -> {name: callable or None}      optional: specialist libraries; None says "not installed"
+    torch_function(case) -> callable     optional: the baseline where torch.nn.functional has no such op, a composition
+                                         of torch's or NumPy's functions; it stands as "torch" in the rows
+
+A result may be a tuple; gradients are those of its first member, and integer members are compared exactly. `wrt` is
+empty for an op without a derivative, and its cases have modes=("fwd",).
 
 Everything else (timing, correctness, roofline, reports) is the harness's.
 """

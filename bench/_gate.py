@@ -35,6 +35,8 @@ def error(out: torch.Tensor, oracle: torch.Tensor) -> float:
     """max |out - oracle| / rms(oracle); inf where non-finite positions differ or a zero oracle is missed."""
     if out.shape != oracle.shape:
         return math.inf
+    if not oracle.is_floating_point():
+        return 0.0 if torch.equal(out.detach().to(oracle.dtype), oracle) else math.inf
     wide, oracle = out.detach().double(), oracle.detach().double()
     finite = torch.isfinite(oracle)
     if not bool(torch.equal(finite, torch.isfinite(wide))):
@@ -53,6 +55,8 @@ def error(out: torch.Tensor, oracle: torch.Tensor) -> float:
 
 def bound(torch_error: float, oracle: torch.Tensor, dtype: torch.dtype, gradient: bool, reduced: int = 1) -> float:
     """The largest error that passes."""
+    if not oracle.is_floating_point():
+        return 0.0
     values = oracle.detach().double()
     values = values[torch.isfinite(values)]
     floor = 4 * torch.finfo(dtype).eps * math.sqrt(max(reduced, 1)) if bool(values.any()) else 0.0
@@ -61,14 +65,21 @@ def bound(torch_error: float, oracle: torch.Tensor, dtype: torch.dtype, gradient
 
 
 def evaluate(fn: Callable[..., Any], call: Call, gradients: bool, seed: int = 1) -> list[torch.Tensor]:
-    """[output] or [output, *gradients] of one call; the upstream gradient depends on the seed and shape only."""
+    """[*outputs] or [*outputs, *gradients] of one call, the gradients being those of the first output.
+
+    The upstream gradient depends on the seed and shape only.
+    """
     if not gradients:
         with torch.no_grad():
-            return [fn(*call.args, **call.kwargs)]
-    y = fn(*call.args, **call.kwargs)
-    grads = torch.autograd.grad(y, call.wrt, upstream(y, seed), allow_unused=True)
+            return list(_outputs(fn(*call.args, **call.kwargs)))
+    out = _outputs(fn(*call.args, **call.kwargs))
+    grads = torch.autograd.grad(out[0], call.wrt, upstream(out[0], seed), allow_unused=True)
     missing = [torch.full_like(w, math.nan) if g is None else g for g, w in zip(grads, call.wrt, strict=True)]
-    return [y.detach(), *missing]
+    return [*(y.detach() for y in out), *missing]
+
+
+def _outputs(result: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
 def upstream(y: torch.Tensor, seed: int = 1) -> torch.Tensor:
@@ -92,8 +103,8 @@ def poisoned() -> Iterator[None]:
 
 
 def numpy_oracle(function: str, call: Call, gradients: bool) -> list[torch.Tensor] | None:
-    """[output] or [output, *gradients] by pydl.reference; None where it has no such op or the case is too large."""
-    if any(t.numel() > ORACLE_LIMIT for t in call.wrt):
+    """[*outputs] or [*outputs, *gradients] by pydl.reference; None where it has no such op or the case is too large."""
+    if any(isinstance(t, torch.Tensor) and t.numel() > ORACLE_LIMIT for t in call.args):
         return None
     try:
         from pydl.reference import specs
@@ -103,16 +114,22 @@ def numpy_oracle(function: str, call: Call, gradients: bool) -> list[torch.Tenso
         return None
 
     def plain(value: Any) -> Any:
-        return value.detach().double().cpu().numpy() if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.detach().cpu()
+        return (value.double() if value.is_floating_point() else value).numpy()
 
     args, kwargs = [plain(a) for a in call.args], {k: plain(v) for k, v in call.kwargs.items()}
-    y = torch.from_numpy(np.ascontiguousarray(spec.forward(*args, **kwargs)))
     device = call.args[0].device
-    if not gradients:
-        return [y.to(device)]
-    like = torch.empty(y.shape, dtype=call.args[0].dtype, device=device)
-    grads = spec.gradient(upstream(like).double().cpu().numpy(), *args, **kwargs)
-    return [t.to(device) for t in (y, *(torch.from_numpy(np.ascontiguousarray(g)) for g in grads))]
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(array, order="C")).to(device)
+
+    out = [tensor(y) for y in _outputs(spec.forward(*args, **kwargs))]
+    if not gradients or spec.gradient is None:
+        return out
+    like = torch.empty(out[0].shape, dtype=call.args[0].dtype, device=device)
+    return out + [tensor(g) for g in spec.gradient(upstream(like).double().cpu().numpy(), *args, **kwargs)]
 
 
 class Gate:
@@ -122,17 +139,21 @@ class Gate:
         self.call, self.gradients = call, gradients
 
         def widen(t: torch.Tensor) -> torch.Tensor:
-            return t.detach().double().requires_grad_(t.requires_grad)
+            return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
 
         known = numpy_oracle(function, call, gradients)
         self.source = "torch float64" if known is None else "numpy float64"
         self.oracle = evaluate(torch_fn, call.map(widen), gradients) if known is None else known
-        self.theirs = [error(o, r) for o, r in zip(evaluate(torch_fn, call, gradients), self.oracle, strict=True)]
+        theirs = evaluate(torch_fn, call, gradients)
+        self.dtypes = [t.dtype for t in theirs]
+        self.theirs = [error(o, r) for o, r in zip(theirs, self.oracle, strict=True)]
+        self._values = len(theirs) - (len(call.wrt) if gradients else 0)
 
     def bounds(self, outputs: Sequence[torch.Tensor]) -> list[float]:
-        reduced = (1, *self.call.reduced) if self.call.reduced else (1,) * len(outputs)
+        ones = (1,) * len(outputs)
+        reduced = ((1,) * self._values + tuple(self.call.reduced) + ones)[: len(outputs)]
         return [
-            bound(t, o, out.dtype, i > 0, reduced[i])
+            bound(t, o, out.dtype, i >= self._values, reduced[i])
             for i, (t, o, out) in enumerate(zip(self.theirs, self.oracle, outputs, strict=True))
         ]
 
@@ -141,8 +162,7 @@ class Gate:
         try:
             with poisoned() if poison else contextlib.nullcontext():
                 outputs = evaluate(fn, self.call, self.gradients)
-            dtypes = [t.dtype for t in (self.call.args[0], *self.call.wrt)][: len(outputs)]
-            for i, (out, dtype) in enumerate(zip(outputs, dtypes, strict=True)):
+            for i, (out, dtype) in enumerate(zip(outputs, self.dtypes, strict=True)):
                 if out.dtype != dtype:
                     return Verdict(False, None, f"{self._name(i)} is {out.dtype}, expected {dtype}")
                 shape = tuple(self.oracle[i].shape)
@@ -157,6 +177,7 @@ class Gate:
         note = "; ".join(f"{self._name(i)} error {errors[i]:.2e} > {bounds[i]:.2e}" for i in wrong)
         return Verdict(not wrong, worst if math.isfinite(worst) else None, note)
 
-    @staticmethod
-    def _name(i: int) -> str:
-        return "output" if i == 0 else f"gradient {i - 1}"
+    def _name(self, i: int) -> str:
+        if i >= self._values:
+            return f"gradient {i - self._values}"
+        return "output" if self._values == 1 else f"output {i}"

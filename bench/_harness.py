@@ -78,16 +78,21 @@ def make_gate(group: Group) -> Gate:
     return Gate(function, reference, make_inputs(group), needs_gradients(group))
 
 
+def first(result: Any) -> torch.Tensor:
+    """The output that is differentiated."""
+    return result[0] if isinstance(result, tuple) else result
+
+
 def make_runner(group: Group, fn: Callable[..., Any], call: Call) -> Callable[[], object]:
     """The call that is timed: the forward, the backward alone on a graph made once, or both."""
     args, kwargs, wrt = call.args, call.kwargs, call.wrt
     if group.mode == "fwd":
         return lambda: fn(*args, **kwargs)
-    y = fn(*args, **kwargs)
+    y = first(fn(*args, **kwargs))
     dy = _gate.upstream(y)
     if group.mode == "bwd":
         return lambda: torch.autograd.grad(y, wrt, dy, retain_graph=True)
-    return lambda: torch.autograd.grad(fn(*args, **kwargs), wrt, dy)
+    return lambda: torch.autograd.grad(first(fn(*args, **kwargs)), wrt, dy)
 
 
 class LocalSubject:

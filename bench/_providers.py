@@ -1,9 +1,9 @@
 """Names on the command line to callables with an op's public signature.
 
-torch              torch.nn.functional
+torch              torch.nn.functional, or what the bench file's torch_function(case) gives where torch has no such op
 compile            torch.compile of it, for these shapes
-pydl               pydl.functional, the backend pydl chooses itself
-pydl@BACKEND       pydl.functional under `with pydl.backend(BACKEND)`
+pydl               pydl.ops, the backend pydl chooses itself
+pydl@BACKEND       pydl.ops under `with pydl.backend(BACKEND)`
 module:function    anyone's: a callable with the op's public signature
 others             what the bench file's providers(case) offers, such as a specialist library
 """
@@ -47,12 +47,13 @@ def default_providers(device: str, has_target: bool) -> list[str]:
 
 
 def function_name(op: str, case: Case) -> str:
-    """Name in torch.nn.functional and pydl.functional."""
+    """Name in pydl.ops, and in torch.nn.functional unless the bench file has a torch_function."""
     return case.function or load(op).FUNCTION
 
 
 def torch_function(op: str, case: Case) -> Callable[..., Any]:
-    return getattr(torch.nn.functional, function_name(op, case))
+    own = getattr(load(op), "torch_function", None)
+    return getattr(torch.nn.functional, function_name(op, case)) if own is None else own(case)
 
 
 def resolve(name: str, op: str, case: Case) -> Provider:
@@ -94,9 +95,9 @@ def _pydl(name: str, op: str, case: Case) -> Provider:
         import pydl
     except ImportError as failure:
         raise Unavailable(f"pydl cannot be imported: {failure}") from failure
-    fn = getattr(pydl.functional, function_name(op, case), None)
+    fn = getattr(pydl.ops, function_name(op, case), None)
     if fn is None:
-        raise Unavailable(f"pydl.functional has no {function_name(op, case)}")
+        raise Unavailable(f"pydl.ops has no {function_name(op, case)}")
     _, _, forced = name.partition("@")
     if not forced:
         return Provider(name, fn)

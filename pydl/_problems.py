@@ -69,6 +69,8 @@ class Guarded:
     """A tensor in the middle of a larger buffer of NaN; `intact()` tells whether anything in the buffer was changed."""
 
     def __init__(self, values: np.ndarray, layout: str, dtype: torch.dtype, device: torch.device) -> None:
+        if not np.issubdtype(values.dtype, np.floating):
+            dtype = torch.from_numpy(values[..., :0].copy() if values.ndim else values.copy()).dtype
         size, order = list(values.shape), list(range(values.ndim))
         room, take = list(size), [slice(None)] * values.ndim
         if layout == "transposed" and values.ndim > 1:
@@ -84,17 +86,24 @@ class Guarded:
             room[0] = min(1, size[0])
         margin = 1 if layout == "misaligned" else MARGIN
         count = int(np.prod(room))
-        self.buffer = torch.full((count + 2 * MARGIN,), float("nan"), dtype=dtype, device=device)
+        self.buffer = torch.full((count + 2 * MARGIN,), _canary(dtype), dtype=dtype, device=device)
         stored = [room[axis] for axis in order]
-        block = self.buffer[margin : margin + count].view(stored).permute(*np.argsort(order).tolist())
+        block = self.buffer[margin : margin + count].view(stored).permute(np.argsort(order).tolist())
         block = block[tuple(slice(0, n) if layout == "cropped" else t for n, t in zip(size, take, strict=True))]
-        block.copy_(torch.from_numpy(np.ascontiguousarray(values[: room[0]] if values.ndim else values)))
+        block.copy_(torch.from_numpy(np.array(values[: room[0]] if values.ndim else values)))
         self.tensor = block.expand(size)
         self._before = self.buffer.clone()
 
     def intact(self) -> bool:
         """Whether neither the values nor the canaries around them were written."""
         return same_bits(self.buffer, self._before)
+
+
+def _canary(dtype: torch.dtype) -> float | int:
+    """What stands beside a tensor: NaN, or the smallest integer, which is no index, label or length."""
+    if dtype.is_floating_point:
+        return float("nan")
+    return 1 if dtype == torch.bool else torch.iinfo(dtype).min
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -120,65 +129,78 @@ class Problem:
         if layout == "expanded":
             arrays[0] = np.broadcast_to(arrays[0][:1], arrays[0].shape).copy()
         self.arrays = arrays
+        self.floating = [a for a in arrays if np.issubdtype(a.dtype, np.floating)]
         self._rng = np.random.default_rng(zlib.crc32(f"{spec.name} {case.name} {layout}".encode()))
 
     @property
     def name(self) -> str:
         return self.case.name if self.layout == "contiguous" else f"{self.case.name}, {self.layout}"
 
-    def place(self, device: torch.device) -> tuple[list[Guarded], list[Any]]:
-        """Fresh inputs and the positional arguments made of them."""
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype of floating results where torch has no say."""
+        return torch.float32 if self.spec.widened and self.dtype.itemsize < 4 else self.dtype
+
+    def place(self, device: torch.device, dtype: torch.dtype | None = None) -> tuple[list[Guarded], list[Any]]:
+        """Fresh inputs, in the problem's dtype or a wider one, and the positional arguments made of them."""
         first = "strided" if self.layout == "strided" else "misaligned" if self.layout == "misaligned" else "contiguous"
         layouts = [self.layout, *([first] * len(self.arrays))]
         guards = [
-            Guarded(a, layout, self.dtype, device)
+            Guarded(a, layout, dtype or self.dtype, device)
             for a, layout in zip(self.arrays, layouts[: len(self.arrays)], strict=True)
         ]
         tensors = iter(guards)
         args = [next(tensors).tensor if isinstance(a, np.ndarray) else a for a in self.case.args]
         return guards, args
 
-    def _substitute(self, arrays: Sequence[np.ndarray]) -> list[Any]:
-        supply = iter(arrays)
-        return [next(supply) if isinstance(a, np.ndarray) else a for a in self.case.args]
+    def _substitute(self, floating: Sequence[np.ndarray]) -> list[Any]:
+        """The oracle's arguments with other values for the floating tensors."""
+        supply, own = iter(floating), iter(self.arrays)
 
-    def _forward(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-        out = self.spec.forward(*self._substitute(arrays), **self.case.kwargs)
+        def swap(array: np.ndarray) -> np.ndarray:
+            return next(supply) if np.issubdtype(array.dtype, np.floating) else array
+
+        return [swap(next(own)) if isinstance(a, np.ndarray) else a for a in self.case.args]
+
+    def _forward(self, floating: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        out = self.spec.forward(*self._substitute(floating), **self.case.kwargs)
         return out if isinstance(out, tuple) else (out,)
 
-    def _gradient(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-        return self.spec.gradient(self.dy, *self._substitute(arrays), **self.case.kwargs)
+    def _gradient(self, floating: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        if self.spec.gradient is None:
+            raise ValueError(f"{self.spec.name} has no derivative")
+        return self.spec.gradient(self.dy, *self._substitute(floating), **self.case.kwargs)
 
     @functools.cached_property
     def values(self) -> tuple[np.ndarray, ...]:
         """The oracle's outputs."""
-        return self._forward(self.arrays)
+        return self._forward(self.floating)
 
     @functools.cached_property
     def dy(self) -> np.ndarray:
         """A random gradient of the first output, exact in the dtype."""
-        return _round(self._rng.standard_normal(self.values[0].shape), self.dtype)
+        return _round(self._rng.standard_normal(self.values[0].shape), self.result_dtype)
 
     @functools.cached_property
     def gradients(self) -> tuple[np.ndarray, ...]:
-        """The oracle's gradients of sum(dy * y), one per tensor argument."""
-        return self._gradient(self.arrays)
+        """The oracle's gradients of sum(dy * y), one per floating tensor argument."""
+        return self._gradient(self.floating)
 
     @functools.cached_property
     def directions(self) -> list[np.ndarray]:
-        """Random cotangents of the gradients, one per tensor argument."""
-        return [_round(self._rng.standard_normal(a.shape), self.dtype) for a in self.arrays]
+        """Random cotangents of the gradients, one per floating tensor argument."""
+        return [_round(self._rng.standard_normal(a.shape), self.dtype) for a in self.floating]
 
     @functools.cached_property
     def second(self) -> tuple[np.ndarray, ...]:
-        """Gradients of sum(direction * gradient) with respect to every tensor argument and dy.
+        """Gradients of sum(direction * gradient) with respect to every floating tensor argument and dy.
 
         The Hessian of sum(dy * y) is symmetric, so they are its product with the directions: the derivative of the
         oracle's gradient along them, and for dy the derivative of its output; both by central differences.
         """
         h = DIFFERENCE_STEP
-        ahead = [a + h * v for a, v in zip(self.arrays, self.directions, strict=True)]
-        behind = [a - h * v for a, v in zip(self.arrays, self.directions, strict=True)]
+        ahead = [a + h * v for a, v in zip(self.floating, self.directions, strict=True)]
+        behind = [a - h * v for a, v in zip(self.floating, self.directions, strict=True)]
         after, before = self._gradient(ahead), self._gradient(behind)
         slopes = [(p - m) / (2 * h) for p, m in zip(after, before, strict=True)]
         return (*slopes, (self._forward(ahead)[0] - self._forward(behind)[0]) / (2 * h))
@@ -186,11 +208,13 @@ class Problem:
     @functools.cached_property
     def reductions(self) -> list[int]:
         """Number of terms behind each gradient."""
-        given = self.spec.reductions(*self._substitute(self.arrays), **self.case.kwargs)
-        return [*given, *([1] * (len(self.arrays) - len(given)))]
+        given = self.spec.reductions(*self._substitute(self.floating), **self.case.kwargs)
+        return [*given, *([1] * (len(self.floating) - len(given)))]
 
 
 def _round(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    if not np.issubdtype(values.dtype, np.floating):
+        return values
     return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).double().numpy().reshape(values.shape)
 
 

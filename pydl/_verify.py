@@ -158,12 +158,19 @@ def torch_function(spec: Spec) -> Callable[..., Any] | None:
 class _Run:
     """Outputs of one call, and on demand its gradients; `error` holds what was raised instead."""
 
-    def __init__(self, fn: Callable[..., Any], problem: Problem, device: torch.device, level: str) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        problem: Problem,
+        device: torch.device,
+        level: str,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.values: tuple[Tensor, ...] = ()
         self.gradients: tuple[Tensor, ...] = ()
         self.error = ""
-        self.guards, args = problem.place(device)
-        tensors = [guard.tensor for guard in self.guards]
+        self.guards, args = problem.place(device, dtype)
+        tensors = [guard.tensor for guard in self.guards if guard.tensor.is_floating_point()]
         try:
             with torch.set_grad_enabled(level != "values"):
                 for tensor in tensors:
@@ -171,20 +178,19 @@ class _Run:
                 out = fn(*args, **problem.case.kwargs)
                 self.values = out if isinstance(out, tuple) else (out,)
                 if level == "gradients":
-                    dy = self._dy(problem, device)
+                    dy = self._dy(problem)
                     self.gradients = torch.autograd.grad(self.values[0], tensors, dy)
                 elif level == "second":
-                    self.gradients = self._second(problem, tensors, self._dy(problem, device).requires_grad_())
+                    self.gradients = self._second(problem, tensors, self._dy(problem).requires_grad_())
         except Exception as error:  # whatever a graded function raises is its result
             self.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
-    @staticmethod
-    def _dy(problem: Problem, device: torch.device) -> Tensor:
-        return torch.from_numpy(problem.dy).to(device, problem.dtype)
+    def _dy(self, problem: Problem) -> Tensor:
+        return torch.from_numpy(problem.dy).to(self.values[0])
 
     def _second(self, problem: Problem, tensors: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
         first = torch.autograd.grad(self.values[0], tensors, dy, create_graph=True)
-        directions = [torch.from_numpy(v).to(dy.device, problem.dtype) for v in problem.directions]
+        directions = [torch.from_numpy(v).to(t) for v, t in zip(problem.directions, tensors, strict=True)]
         total = sum((g * v).sum() for g, v in zip(first, directions, strict=True))
         assert isinstance(total, Tensor)
         wanted = [*tensors, dy]
@@ -195,6 +201,8 @@ class _Run:
 def levels(problem: Problem) -> list[str]:
     """What can be graded of a problem: values always, first and second gradients where the case says so."""
     found = ["values"]
+    if problem.spec.gradient is None:
+        return found
     if problem.case.gradients:
         found.append("gradients")
     if problem.case.second and problem.layout == "contiguous":
@@ -212,7 +220,7 @@ def verify_problem(
     if ours.error:
         yield level, problem.name, _broken(f"raised {ours.error}")
         return
-    torchs = _Run(reference, problem, device, level) if reference is not None else None
+    torchs = _Run(reference, problem, device, level, problem.result_dtype) if reference is not None else None
     for label, graded in _compare(ours, torchs, problem, level):
         yield level, label, graded
     if not all(guard.intact() for guard in ours.guards):
@@ -233,7 +241,7 @@ def _compare(ours: _Run, torchs: _Run | None, problem: Problem, level: str) -> I
     usable = torchs is not None and not torchs.error
     for i, (out, oracle) in enumerate(zip(ours.values, exact, strict=True)):
         theirs = torchs.values[i] if usable and torchs is not None else None
-        wanted = theirs.dtype if theirs is not None else problem.dtype
+        wanted = theirs.dtype if theirs is not None else _result_dtype(oracle, problem)
         if not isinstance(out, Tensor) or out.dtype != wanted or out.device.type != ours.guards[0].tensor.device.type:
             kind = f"{out.dtype} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
             yield problem.name, _broken(f"result {i} is {kind}, not {wanted} on the input's device")
@@ -258,8 +266,14 @@ def _compare(ours: _Run, torchs: _Run | None, problem: Problem, level: str) -> I
         )
 
 
+def _result_dtype(oracle: np.ndarray, problem: Problem) -> torch.dtype:
+    if np.issubdtype(oracle.dtype, np.floating):
+        return problem.result_dtype
+    return torch.from_numpy(np.zeros(0, oracle.dtype)).dtype
+
+
 def _longest(problem: Problem) -> int:
-    return max(*problem.reductions, problem.arrays[0].shape[-1])
+    return max(*problem.reductions, problem.arrays[0].shape[-1] if problem.arrays[0].ndim else 1)
 
 
 def _repeat(
@@ -290,9 +304,7 @@ def _refusal(spec: Spec, backend: str, device: str, dtype: str) -> str:
     from pydl.backend import backend as forced
 
     sample = next(c for c in spec.cases() if c.arrays[0].size)
-    args = [
-        torch.from_numpy(a).to(device, getattr(torch, dtype)) if isinstance(a, np.ndarray) else a for a in sample.args
-    ]
+    _, args = Problem(spec, sample, getattr(torch, dtype)).place(torch.device(device))
     try:
         with forced(backend), torch.no_grad():
             _public(spec)(*args, **sample.kwargs)

@@ -326,11 +326,13 @@ def test_bench_files_are_complete(op):
     assert len(names) == len(set(names))
     for device in ("cpu", "cuda"):
         cases = _case.select(op, device)
-        assert {c.grad for c in cases if c.host} == {False, True}, "host cost with and without a gradient"
+        assert {c.grad for c in cases if c.host} >= {False}, "host cost"
+        if any("full" in c.modes for c in cases):
+            assert any(c.grad for c in cases if c.host), "host cost with a gradient"
         assert any(c.panel for c in cases), "a case for the panel"
         assert any(c.targets for c in cases)
     for case in module.CASES:
-        assert hasattr(torch.nn.functional, _providers.function_name(op, case))
+        assert callable(_providers.torch_function(op, case))
         for key, target in case.targets.items():
             device, mode = key.split()
             assert device in case.devices and mode in case.modes, f"{case.name}: {key} never runs"

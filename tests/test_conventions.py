@@ -84,7 +84,9 @@ def test_every_public_function_has_an_oracle_and_a_case(op):
     assert set(public) == set(found), f"pydl.ops.{op}.__all__ and pydl.reference.{op}.SPECS name other functions"
     for spec in found.values():
         cases = list(spec.cases())
-        assert any(c.gradients for c in cases) and any(c.layouts for c in cases) and any(c.second for c in cases)
+        assert any(c.layouts for c in cases), f"{spec.name}: no case is tried in other layouts"
+        if spec.gradient is not None:
+            assert any(c.gradients for c in cases) and any(c.second for c in cases)
         assert any(a.size == 0 for c in cases for a in c.arrays), f"{spec.name}: no empty input among the cases"
         assert len({c.name for c in cases}) == len(cases), f"{spec.name}: two cases have one name"
 

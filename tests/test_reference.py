@@ -30,8 +30,9 @@ def torch_op(spec):
 
 
 def run_torch(spec, case):
-    tensors = [torch.from_numpy(a.copy()).requires_grad_() for a in case.arrays]
-    supply = iter(tensors)
+    every = [torch.from_numpy(a.copy()) for a in case.arrays]
+    tensors = [t.requires_grad_() for t in every if t.is_floating_point()]
+    supply = iter(every)
     args = [next(supply) if isinstance(a, np.ndarray) else a for a in case.args]
     return tensors, torch_op(spec)(*args, **case.kwargs)
 
@@ -46,7 +47,7 @@ def test_values_equal_torch_in_float64(spec, case):
         np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-11, atol=1e-11, equal_nan=True)
 
 
-@pytest.mark.parametrize(("spec", "case"), CASES)
+@pytest.mark.parametrize(("spec", "case"), [p for p in CASES if p.values[0].gradient])
 def test_gradients_equal_torch_in_float64(spec, case):
     tensors, out = run_torch(spec, case)
     out = out[0] if isinstance(out, tuple) else out

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 import pydl
 from pydl._grading import grade, rounding_bias, to_numpy
-from pydl._problems import LAYOUTS, MARGIN, Guarded, poisoned_memory
-from pydl._verify import main, verify
+from pydl._problems import LAYOUTS, MARGIN, Guarded, Problem, poisoned_memory
+from pydl._verify import levels, main, verify, verify_problem
+from pydl.reference import Case, Spec
 
 FP32 = ["float32"]
 
@@ -256,6 +257,47 @@ def test_guarded_tensors_hold_their_values_and_notice_writes(layout):
     assert guarded.intact()
     guarded.buffer[-1 if layout != "contiguous" else MARGIN - 1] = 0.0
     assert not guarded.intact()
+
+
+def test_integers_keep_their_dtype_between_canaries():
+    for values in (np.arange(6).reshape(2, 3), np.array([[True, False, True]]), np.array(3)):
+        guarded = Guarded(values, "contiguous", torch.bfloat16, torch.device("cpu"))
+        assert guarded.tensor.dtype == torch.from_numpy(values).dtype and np.array_equal(
+            to_numpy(guarded.tensor), values
+        )
+        assert guarded.intact()
+        guarded.buffer[0] = 0
+        assert not guarded.intact()
+
+
+def gather_cases():
+    yield Case("rows", (np.arange(12.0).reshape(3, 4) / 7, np.array([2, 0, 2])), second=True, layouts=True)
+
+
+def test_integer_arguments_have_no_gradient_and_results_may_be_wider():
+    """A gather of rows, with its positions as a second, integer result, float32 for half-precision input."""
+
+    def forward(x, rows):
+        return x[rows], rows
+
+    def gradient(dy, x, rows):
+        dx = np.zeros(x.shape)
+        np.add.at(dx, rows, dy)
+        return (dx,)
+
+    def right(x, rows):
+        return (x.float() if x.dtype.itemsize < 4 else x)[rows], rows
+
+    spec = Spec("gather", "", forward, gradient, gather_cases, widened=True)
+    (problem,) = (Problem(spec, case, torch.bfloat16) for case in gather_cases())
+    for level in levels(problem):
+        assert all(g.ok for _, _, g in verify_problem(right, problem, torch.device("cpu"), level))
+    narrow = verify_problem(lambda x, rows: (x[rows], rows), problem, torch.device("cpu"), "values")
+    assert not all(g.ok for _, _, g in narrow)
+    moved = verify_problem(lambda x, rows: (right(x, rows)[0], rows + 1), problem, torch.device("cpu"), "values")
+    assert not all(g.ok for _, _, g in moved)
+    plain = Spec("gather", "", forward, None, gather_cases)
+    assert levels(Problem(plain, next(gather_cases()), torch.float32)) == ["values"]
 
 
 def test_poison_reaches_python_and_the_stable_abi():

@@ -5,7 +5,7 @@
 
 namespace pydl {
 
-enum class Dtype : int { kFloat, kDouble, kHalf, kBFloat16, kUInt8, kInt64, kOther };
+enum class Dtype : int { kFloat, kDouble, kHalf, kBFloat16, kUInt8, kInt64, kInt32, kBool, kOther };
 
 struct Half {
   uint16_t bits;

@@ -32,6 +32,7 @@ inline const DtypeRow* dtype_rows() {
   static const DtypeRow rows[] = {{aoti_torch_dtype_float32(), "float32"},   {aoti_torch_dtype_float64(), "float64"},
                                   {aoti_torch_dtype_float16(), "float16"},   {aoti_torch_dtype_bfloat16(), "bfloat16"},
                                   {aoti_torch_dtype_uint8(), "uint8"},       {aoti_torch_dtype_int64(), "int64"},
+                                  {aoti_torch_dtype_int32(), "int32"},       {aoti_torch_dtype_bool(), "bool"},
                                   {-1, "a dtype that this op does not take"}};
   return rows;
 }

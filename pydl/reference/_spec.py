@@ -13,7 +13,9 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `args` and `kwargs` follow torch's signature, with float64 arrays where torch takes tensors.
+    """One call: `args` and `kwargs` follow torch's signature, with arrays where torch takes tensors.
+
+    Floating arrays are float64 and become tensors of the dtype that is graded; integers and booleans keep their dtype.
 
     Args:
         name: shown in the report.
@@ -33,8 +35,13 @@ class Case:
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """The tensors among the positional arguments, in order: gradients are returned in this order."""
+        """The tensors among the positional arguments, in order."""
         return tuple(a for a in self.args if isinstance(a, np.ndarray))
+
+    @property
+    def floating(self) -> tuple[np.ndarray, ...]:
+        """Those of them that have a gradient: gradients are returned in this order."""
+        return tuple(a for a in self.arrays if np.issubdtype(a.dtype, np.floating))
 
 
 def _no_reduction(*args: Any, **kwargs: Any) -> tuple[int, ...]:
@@ -49,16 +56,19 @@ class Spec:
         name: the op's name in `pydl.functional`.
         torch_name: dotted path of torch's own op below `torch`, or "" where torch has none.
         forward: oracle with torch's signature; returns an array, or a tuple whose integer members are compared exactly.
-        gradient: `gradient(dy, *args, **kwargs)` gives one array per tensor argument.
+        gradient: `gradient(dy, *args, **kwargs)` gives one array per floating tensor argument; dy belongs to the first
+            result. None for an op without a derivative.
         cases: builds the inputs.
-        reductions: number of terms summed into each gradient, in the order of the tensor arguments (1 if shorter).
+        reductions: number of terms summed into each gradient, in the order of those gradients (1 if shorter).
         dtypes: names of the dtypes the op promises.
+        widened: whether results are float32 where the input is half precision; torch is then given float32.
     """
 
     name: str
     torch_name: str
     forward: Callable[..., Any]
-    gradient: Callable[..., tuple[np.ndarray, ...]]
+    gradient: Callable[..., tuple[np.ndarray, ...]] | None
     cases: Callable[[], Iterable[Case]]
     reductions: Callable[..., tuple[int, ...]] = _no_reduction
     dtypes: tuple[str, ...] = FLOATS
+    widened: bool = False
