@@ -1,0 +1,206 @@
+// Exponentials and logarithms of SIMD values, in natural units and base 2, for CPU kernels.
+//
+// exp is split into 2^k and a factor in [0.7, 1.42], by subtracting k ln 2 in two pieces (Cody and Waite, "Software
+// Manual for the Elementary Functions", 1980), and a minimax polynomial. Relative errors are near one ulp; NaN stays
+// NaN.
+#pragma once
+
+#include "common/vec.h"
+
+namespace pydl::PYDL_ISA {
+namespace {
+
+template <class C>
+struct FloatBits;
+template <>
+struct FloatBits<float> {
+  static constexpr int32_t mantissa = 23, bias = 127;
+  static constexpr int32_t root_half = 0x3f3504f3;  // sqrt(1/2)
+  static constexpr float smallest = 0x1p-126f, exp_low = -86.5f, exp_high = 89.0f, exp2_low = -125.0f;
+};
+template <>
+struct FloatBits<double> {
+  static constexpr int64_t mantissa = 52, bias = 1023;
+  static constexpr int64_t root_half = 0x3fe6a09e667f3bcd;
+  static constexpr double smallest = 0x1p-1022, exp_low = -708.0, exp_high = 710.0, exp2_low = -1021.0;
+};
+
+// Minimum of numbers; where a lane of either is NaN the result is b's.
+inline VecF min_number(VecF a, VecF b) {
+#if PYDL_VEC_BYTES == 64
+  return (VecF)_mm512_maskz_min_ps(-1, (__m512)a, (__m512)b);
+#elif PYDL_VEC_BYTES == 32
+  return (VecF)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (VecF)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline VecD min_number(VecD a, VecD b) {
+#if PYDL_VEC_BYTES == 64
+  return (VecD)_mm512_maskz_min_pd(-1, (__m512d)a, (__m512d)b);
+#elif PYDL_VEC_BYTES == 32
+  return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b);
+#elif defined(__x86_64__)
+  return (VecD)_mm_min_pd((__m128d)a, (__m128d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Nearest integers, ties to even, of any magnitude.
+inline VecF round_even(VecF v) {
+#if PYDL_VEC_BYTES == 64
+  return (VecF)_mm512_maskz_roundscale_ps(-1, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif PYDL_VEC_BYTES == 32
+  return (VecF)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__SSE4_1__)
+  return (VecF)_mm_round_ps((__m128)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = __builtin_rintf(v[i]);
+  return v;
+#endif
+}
+inline VecD round_even(VecD v) {
+#if PYDL_VEC_BYTES == 64
+  return (VecD)_mm512_maskz_roundscale_pd(-1, (__m512d)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif PYDL_VEC_BYTES == 32
+  return (VecD)_mm256_round_pd((__m256d)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__SSE4_1__)
+  return (VecD)_mm_round_pd((__m128d)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = __builtin_rint(v[i]);
+  return v;
+#endif
+}
+
+// c[0] + x (c[1] + x (c[2] + ...)).
+template <class V, class C, int N>
+inline V polynomial(V x, const C (&c)[N]) {
+  V value = splat(c[N - 1]);
+  for (int i = N - 2; i >= 0; --i) value = value * x + c[i];
+  return value;
+}
+
+// exp(r) for |r| <= ln(2) / 2 and a little more.
+inline VecF exp_small(VecF r) {
+  constexpr float c[] = {1.0f, 1.0f, 0.49999993052f, 0.166665147936f, 0.0416684564661f, 0.00836941872f, 0.00138131605f};
+  return polynomial(r, c);
+}
+inline VecD exp_small(VecD r) {
+  constexpr double c[] = {1.0,
+                          1.0,
+                          0.50000000000000117007,
+                          0.16666666666666386189,
+                          0.041666666666519156215,
+                          0.0083333333335077341244,
+                          0.0013888888946919486485,
+                          0.00019841269486007261162,
+                          0.000024801489352447347002,
+                          2.7557597317855192446e-6,
+                          2.763168737407186231e-7,
+                          2.4998953697063096751e-8};
+  return polynomial(r, c);
+}
+
+// exp(x) = factor * 2^power with an integer power, for x of any size: exp(-inf) has the power -inf and a finite factor.
+// NaN is in the factor.
+template <class C>
+struct Exp {
+  Vec<C> factor, power;
+};
+template <class C>
+inline Exp<C> split_exp(Vec<C> x) {
+  constexpr C log2_e = C(1.4426950408889634074);
+  // The first piece has so few digits that its product with k is exact.
+  constexpr C ln2_high = sizeof(C) == 4 ? C(0.693359375) : C(0x1.62e42fefa38p-1);
+  constexpr C ln2_low = sizeof(C) == 4 ? C(-2.12194440054690583e-4) : C(0x1.ef35793c7673p-45);
+  const Vec<C> k = round_even(x * log2_e);
+  Vec<C> r = (x - k * ln2_high) - k * ln2_low;
+  r = min_number(max_number(r, splat(C(-0.35))), splat(C(0.35)));  // infinite x, or so large that k ln 2 is inexact
+  return {select<C>(is_nan(x), x, exp_small(r)), k};
+}
+
+// scale_down: v * 2^d for integers d <= 0, -inf among them; 2^d may be 0 where it is subnormal.
+// scale: v * 2^k for integers k from the smallest normal exponent to the largest + 1.
+#if PYDL_VEC_BYTES == 64
+inline VecF scalef(VecF v, VecF k) { return (VecF)_mm512_maskz_scalef_ps(-1, (__m512)v, (__m512)k); }
+inline VecD scalef(VecD v, VecD k) { return (VecD)_mm512_maskz_scalef_pd(-1, (__m512d)v, (__m512d)k); }
+template <class C>
+inline Vec<C> scale_down(Vec<C> v, Vec<C> d) {
+  return scalef(v, d);
+}
+template <class C>
+inline Vec<C> scale(Vec<C> v, Vec<C> k) {
+  return scalef(v, k);
+}
+#else
+template <class C>
+inline Vec<C> scale_down(Vec<C> v, Vec<C> d) {
+  // Adding 2^mantissa leaves the integer in the low bits; shifting them up makes them the exponent of a float.
+  using B = FloatBits<C>;
+  const Vec<C> exponent = max_number(d + C(B::bias), Vec<C>{}) + C(int_t<C>(1) << B::mantissa);
+  return v * (Vec<C>)((IntVec<C>)exponent << B::mantissa);
+}
+
+template <class C>
+inline Vec<C> scale(Vec<C> v, Vec<C> k) {
+  using B = FloatBits<C>;
+  const Vec<C> exponent = k + C((int_t<C>(1) << B::mantissa) + B::bias - 1);
+  return (v * C(2)) * (Vec<C>)((IntVec<C>)exponent << B::mantissa);
+}
+#endif
+
+// e^x and 2^x; results below the smallest normal numbers, and a little above, are 0.
+template <class C>
+inline Vec<C> exp(Vec<C> x) {
+  using B = FloatBits<C>;
+  // NaN must be the second operand to stay.
+  const Vec<C> inside = min_number(splat(B::exp_high), max_number(splat(B::exp_low), x));
+  const Exp<C> e = split_exp<C>(inside);
+  return select<C>(greater(splat(B::exp_low), x), Vec<C>{}, scale<C>(e.factor, e.power));
+}
+template <class C>
+inline Vec<C> exp2(Vec<C> x) {
+  using B = FloatBits<C>;
+  const Vec<C> inside = min_number(splat(C(B::bias + 1)), max_number(splat(B::exp2_low), x));
+  const Vec<C> k = round_even(inside);
+  const Vec<C> value = scale<C>(exp_small((inside - k) * C(0.69314718055994530942)), k);
+  return select<C>(greater(splat(B::exp2_low), x), Vec<C>{}, value);
+}
+
+// log2(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)].
+inline VecF log2_near_one(VecF f) {
+  constexpr float c[] = {1.442694995839f,  -0.721347505617f, 0.480910740948f,  -0.360687650240f, 0.287908653736f,
+                         -0.239336125492f, 0.216186553834f,  -0.204585828791f, 0.121120512701f};
+  return f * polynomial(f, c);
+}
+inline VecD log2_near_one(VecD f) {
+  constexpr double c[] = {2.885390081777926811427282,  0.9617966939259898745557796, 0.5770780163454408861640221,
+                          0.4121985858570894339877547, 0.3205985333413726237885698, 0.2623344309095754382996191,
+                          0.2209111460531868802745231, 0.2136777777415004197291951};
+  const VecD s = f / (f + 2.0);
+  return s * polynomial(s * s, c);
+}
+
+// log2(x) of normal numbers and of 0; the absolute error is within an ulp of 1 where x is near 1.
+template <class C>
+inline Vec<C> log2(Vec<C> x) {
+  using B = FloatBits<C>;
+  const IntVec<C> above = (IntVec<C>)x - B::root_half;
+  const IntVec<C> k = above >> B::mantissa;
+  const Vec<C> f = (Vec<C>)((IntVec<C>)x - (k << B::mantissa)) - C(1);
+  Vec<C> power;
+  if constexpr (sizeof(C) == 4) {
+    power = __builtin_convertvector(k, Vec<C>);
+  } else {  // the same by bits, where there is no instruction for 64-bit integers
+    constexpr double magic = 0x1.8p52;
+    power = (VecD)((IntVec<double>)splat(magic) + k) - magic;
+  }
+  const Vec<C> value = log2_near_one(f) + power;
+  return select<C>(greater(x, Vec<C>{}), value, select<C>(is_nan(x), x, splat(-kInfinity<C>)));
+}
+
+}  // namespace
+}  // namespace pydl::PYDL_ISA
