@@ -166,10 +166,10 @@ class Problem:
         out = self.spec.forward(*self._substitute(floating), **self.case.kwargs)
         return out if isinstance(out, tuple) else (out,)
 
-    def _gradient(self, floating: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    def _gradient(self, floating: Sequence[np.ndarray], dy: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         if self.spec.gradient is None:
             raise ValueError(f"{self.spec.name} has no derivative")
-        return self.spec.gradient(self.dy, *self._substitute(floating), **self.case.kwargs)
+        return self.spec.gradient(self.dy if dy is None else dy, *self._substitute(floating), **self.case.kwargs)
 
     @functools.cached_property
     def values(self) -> tuple[np.ndarray, ...]:
@@ -203,7 +203,19 @@ class Problem:
         behind = [a - h * v for a, v in zip(self.floating, self.directions, strict=True)]
         after, before = self._gradient(ahead), self._gradient(behind)
         slopes = [(p - m) / (2 * h) for p, m in zip(after, before, strict=True)]
-        return (*slopes, (self._forward(ahead)[0] - self._forward(behind)[0]) / (2 * h))
+        if self.spec.derivative:
+            return (*slopes, (self._forward(ahead)[0] - self._forward(behind)[0]) / (2 * h))
+        return (*slopes, self._along_dy())
+
+    def _along_dy(self) -> np.ndarray:
+        """Gradient of sum(direction * gradient) with respect to dy, in which the gradient is linear: unit by unit."""
+        out = np.zeros(self.dy.size)
+        for i in range(self.dy.size):
+            unit = np.zeros(self.dy.size)
+            unit[i] = 1.0
+            given = self._gradient(self.floating, unit.reshape(self.dy.shape))
+            out[i] = sum(float((g * v).sum()) for g, v in zip(given, self.directions, strict=True))
+        return out.reshape(self.dy.shape)
 
     @functools.cached_property
     def reductions(self) -> list[int]:

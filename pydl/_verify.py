@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from pydl._grading import Grade, grade
 from pydl._problems import DIFFERENCE_ERR, Problem, poisoned_memory, problems, same_bits
-from pydl.reference import Spec, specs
+from pydl.reference import Spec, spec, specs
 
 CHECKS = ("values", "gradients", "second", "re-run", "inputs")
 SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
@@ -125,14 +126,14 @@ def verify(
     Raises:
         ValueError: if the op or a dtype is unknown.
     """
-    found = specs(op)
-    if len(found) != 1:
-        raise ValueError(f"verify: op must be one function, but {op!r} holds {', '.join(found)}")
-    spec = next(iter(found.values()))
+    try:
+        found = spec(op)
+    except ValueError as error:
+        raise ValueError(f"verify: {error}") from None
     device = torch.device(device)
-    report = Report(spec.name)
-    for name in _dtype_names(spec, dtype):
-        for problem in problems(spec, getattr(torch, name)):
+    report = Report(found.name)
+    for name in _dtype_names(found, dtype):
+        for problem in problems(found, getattr(torch, name)):
             for level in levels(problem):
                 report.rows += [Row(name, *row) for row in verify_problem(fn, problem, device, level)]
     return report
@@ -148,11 +149,15 @@ def _dtype_names(spec: Spec, dtype: str | Sequence[str] | None) -> list[str]:
 
 
 def torch_function(spec: Spec) -> Callable[..., Any] | None:
-    """Torch's own op, or None where it has none."""
-    target: Any = torch
-    for part in spec.torch_name.split(".") if spec.torch_name else ():
+    """Torch's own op or a composition of its ops, or None where there is neither."""
+    if not spec.torch_name:
+        return None
+    module, _, function = spec.torch_name.rpartition(":")
+    target: Any = importlib.import_module(module or "torch")
+    for part in function.split("."):
         target = getattr(target, part)
-    return target if spec.torch_name else None
+    composition: Callable[..., Any] = target
+    return composition
 
 
 class _Run:

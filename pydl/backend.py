@@ -37,6 +37,7 @@ _jit_is_tracing = torch._C._is_tracing
 _transforms_active = torch._C._are_functorch_transforms_active
 _log = logging.getLogger("pydl")
 _DISABLED = frozenset(name.strip() for name in os.environ.get("PYDL_DISABLE", "").split(",") if name.strip())
+_CHECKED = os.environ.get("PYDL_CHECKED", "0") not in ("", "0")
 _STRICT = os.environ.get("PYDL_STRICT", "0") not in ("", "0")
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 if os.environ.get("PYDL_LOG", "0") not in ("", "0"):

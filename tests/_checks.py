@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydl._problems import Problem, applicable, problems, same_bits
 from pydl._verify import verify_problem
-from pydl.reference import Case, specs
+from pydl.reference import Case
+from pydl.reference import spec as spec_of
 
 __all__ = [
     "assert_same_bits",
@@ -53,7 +54,7 @@ def check_cases(
         keep: chooses among the cases, where all of them would take too long.
         function: name of the spec; the backend's op by default.
     """
-    (spec,) = specs(function or backend.op).values()
+    spec = spec_of(function or backend.op)
     chosen = [p for p in problems(spec, dtype) if p.layout == "contiguous" and keep(p.case)]
     if level == "gradients":
         chosen = [p for p in chosen if p.case.gradients]
@@ -67,7 +68,7 @@ def check_cases(
 
 def check_layouts(backend, dtype: torch.dtype, case: Case, levels: Sequence[str] = ("values", "gradients")) -> None:
     """One case with its tensors misaligned, cropped, strided, transposed, expanded and channels_last."""
-    (spec,) = specs(backend.op).values()
+    spec = spec_of(backend.op)
     for layout in applicable(case):
         problem = Problem(spec, case, dtype, layout)
         for level in levels:

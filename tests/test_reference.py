@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pydl import reference
+from pydl._verify import torch_function
 from pydl.reference.layer_norm import layer_norm, layer_norm_stats
 from pydl.reference.max_pool import max_pool2d, max_pool2d_grad, output_size
 
@@ -20,13 +21,8 @@ CASES = [
     if spec.torch_name
     for case in spec.cases()
 ]
-
-
-def torch_op(spec):
-    target = torch
-    for part in spec.torch_name.split("."):
-        target = getattr(target, part)
-    return target
+# where the oracle is finite and torch's gradient is not, because of a difference of two infinities
+TORCH_IS_NAN = {("ctc_loss", "impossible class"), ("ctc_loss_from_logits", "impossible class")}
 
 
 def run_torch(spec, case):
@@ -34,7 +30,7 @@ def run_torch(spec, case):
     tensors = [t.requires_grad_() for t in every if t.is_floating_point()]
     supply = iter(every)
     args = [next(supply) if isinstance(a, np.ndarray) else a for a in case.args]
-    return tensors, torch_op(spec)(*args, **case.kwargs)
+    return tensors, torch_function(spec)(*args, **case.kwargs)
 
 
 @pytest.mark.parametrize(("spec", "case"), CASES)
@@ -56,6 +52,9 @@ def test_gradients_equal_torch_in_float64(spec, case):
     got = spec.gradient(dy, *case.args, **case.kwargs)
     assert len(got) == len(tensors)
     for ours, theirs in zip(got, expected, strict=True):
+        if (spec.name, case.name) in TORCH_IS_NAN:
+            assert not np.isnan(ours).any()
+            theirs = torch.where(theirs.isnan(), torch.from_numpy(ours), theirs)
         scale = max(1.0, float(np.abs(np.nan_to_num(ours, posinf=0, neginf=0)).max(initial=0.0)))
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-9, atol=1e-10 * scale, equal_nan=True)
 

@@ -76,6 +76,10 @@ class Op:
             for key in ("CUDA", "CPU") if _INTERPRET else ("CUDA",):
                 torch.library.impl(f"pydl_triton::{name}", key)(launch)
 
+    def overload(self, decision: Decision) -> Any:
+        """The operator itself, which also returns what is hidden from callers."""
+        return self._handles[NAMESPACES[decision.backend]].overload
+
     def __call__(self, decision: Decision, *args: Any) -> Any:
         """Run on the decided backend, recording autograd history only when a gradient is wanted."""
         handle = self._handles[NAMESPACES[decision.backend]]

@@ -7,7 +7,7 @@ import pkgutil
 
 from pydl.reference._spec import Case, Spec
 
-__all__ = ["Case", "Spec", "modules", "specs"]
+__all__ = ["Case", "Spec", "modules", "spec", "specs"]
 
 
 def modules() -> list[str]:
@@ -34,3 +34,15 @@ def specs(op: str | None = None) -> dict[str, Spec]:
     if not found:
         raise ValueError(f"op must be one of {', '.join(specs())} or {', '.join(modules())}, but got {op!r}")
     return found
+
+
+def spec(function: str) -> Spec:
+    """The spec of one function, or of a module that holds a single one.
+
+    Raises:
+        ValueError: if no op has this name, or a module of this name holds several and none is called like it.
+    """
+    found = specs(function)
+    if function not in found and len(found) != 1:
+        raise ValueError(f"op must be one function, but {function!r} holds {', '.join(found)}")
+    return found.get(function) or next(iter(found.values()))
