@@ -129,7 +129,11 @@ class Problem:
         if layout == "expanded":
             arrays[0] = np.broadcast_to(arrays[0][:1], arrays[0].shape).copy()
         self.arrays = arrays
-        self.floating = [a for a in arrays if np.issubdtype(a.dtype, np.floating)]
+        # which of the arrays have a gradient
+        self.varies = [
+            np.issubdtype(a.dtype, np.floating) and i not in spec.constants for i, a in enumerate(self.arrays)
+        ]
+        self.floating = [a for a, varies in zip(arrays, self.varies, strict=True) if varies]
         self._rng = np.random.default_rng(zlib.crc32(f"{spec.name} {case.name} {layout}".encode()))
 
     @property
@@ -155,12 +159,12 @@ class Problem:
 
     def _substitute(self, floating: Sequence[np.ndarray]) -> list[Any]:
         """The oracle's arguments with other values for the floating tensors."""
-        supply, own = iter(floating), iter(self.arrays)
+        supply, own = iter(floating), zip(self.arrays, self.varies, strict=True)
 
-        def swap(array: np.ndarray) -> np.ndarray:
-            return next(supply) if np.issubdtype(array.dtype, np.floating) else array
+        def swap(array: np.ndarray, varies: bool) -> np.ndarray:
+            return next(supply) if varies else array
 
-        return [swap(next(own)) if isinstance(a, np.ndarray) else a for a in self.case.args]
+        return [swap(*next(own)) if isinstance(a, np.ndarray) else a for a in self.case.args]
 
     def _forward(self, floating: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
         out = self.spec.forward(*self._substitute(floating), **self.case.kwargs)

@@ -175,7 +175,7 @@ class _Run:
         self.gradients: tuple[Tensor, ...] = ()
         self.error = ""
         self.guards, args = problem.place(device, dtype)
-        tensors = [guard.tensor for guard in self.guards if guard.tensor.is_floating_point()]
+        tensors = [guard.tensor for guard, varies in zip(self.guards, problem.varies, strict=True) if varies]
         try:
             with torch.set_grad_enabled(level != "values"):
                 for tensor in tensors:

@@ -300,6 +300,21 @@ def test_integer_arguments_have_no_gradient_and_results_may_be_wider():
     assert levels(Problem(plain, next(gather_cases()), torch.float32)) == ["values"]
 
 
+def test_constants_are_rounded_to_the_dtype_and_have_no_gradient():
+    def cases():
+        yield Case("scaled", (np.arange(1.0, 5.0), np.array([1 / 3, 2.0, 1 / 7, 5.0])), second=True, layouts=True)
+
+    spec = Spec("scale", "", lambda x, k: x * k, lambda dy, x, k: (dy * k,), cases, constants=(1,))
+    for problem in (Problem(spec, next(cases()), torch.bfloat16), Problem(spec, next(cases()), torch.float64)):
+        assert len(problem.arrays) == 2 and len(problem.floating) == 1
+        for level in levels(problem):
+            assert all(
+                g.ok for _, _, g in verify_problem(lambda x, k: x * k.detach(), problem, torch.device("cpu"), level)
+            )
+        wrong = verify_problem(lambda x, k: x * k.detach() ** 2, problem, torch.device("cpu"), "gradients")
+        assert not all(g.ok for _, _, g in wrong)
+
+
 def test_poison_reaches_python_and_the_stable_abi():
     """The C++ libraries allocate through aoti_torch_empty_strided, which torch's own switch does not cover."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):

@@ -57,13 +57,14 @@ class Spec:
         torch_name: dotted path of torch's own op below `torch`; "module:function" of a composition of torch's ops where
             torch has none, or "".
         forward: oracle with torch's signature; returns an array, or a tuple whose integer members are compared exactly.
-        gradient: `gradient(dy, *args, **kwargs)` gives one array per floating tensor argument; dy belongs to the first
-            result. None for an op without a derivative.
+        gradient: `gradient(dy, *args, **kwargs)` gives one array per floating tensor argument that is no constant; dy
+            belongs to the first result. None for an op without a derivative.
         cases: builds the inputs.
         reductions: number of terms summed into each gradient, in the order of those gradients (1 if shorter).
         dtypes: names of the dtypes the op promises.
         derivative: whether the gradient is the derivative of the values; torch defines that of the CTC loss otherwise.
         widened: whether results are float32 where the input is half precision; torch is then given float32.
+        constants: positions, among the tensor arguments, of floating ones that have no derivative; they are held fixed.
     """
 
     name: str
@@ -75,3 +76,4 @@ class Spec:
     dtypes: tuple[str, ...] = FLOATS
     derivative: bool = True
     widened: bool = False
+    constants: tuple[int, ...] = ()
