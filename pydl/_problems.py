@@ -145,35 +145,35 @@ class Problem:
         """The dtype of floating results where torch has no say."""
         return torch.float32 if self.spec.widened and self.dtype.itemsize < 4 else self.dtype
 
-    def place(self, device: torch.device, dtype: torch.dtype | None = None) -> tuple[list[Guarded], list[Any]]:
-        """Fresh inputs, in the problem's dtype or a wider one, and the positional arguments made of them."""
+    def place(
+        self, device: torch.device, dtype: torch.dtype | None = None
+    ) -> tuple[list[Guarded], list[Any], dict[str, Any]]:
+        """Fresh inputs, in the problem's dtype or a wider one, and the arguments made of them."""
         first = "strided" if self.layout == "strided" else "misaligned" if self.layout == "misaligned" else "contiguous"
         layouts = [self.layout, *([first] * len(self.arrays))]
         guards = [
             Guarded(a, layout, dtype or self.dtype, device)
             for a, layout in zip(self.arrays, layouts[: len(self.arrays)], strict=True)
         ]
-        tensors = iter(guards)
-        args = [next(tensors).tensor if isinstance(a, np.ndarray) else a for a in self.case.args]
-        return guards, args
+        return guards, *self.case.replace(guard.tensor for guard in guards)
 
-    def _substitute(self, floating: Sequence[np.ndarray]) -> list[Any]:
+    def _substitute(self, floating: Sequence[np.ndarray]) -> tuple[list[Any], dict[str, Any]]:
         """The oracle's arguments with other values for the floating tensors."""
-        supply, own = iter(floating), zip(self.arrays, self.varies, strict=True)
-
-        def swap(array: np.ndarray, varies: bool) -> np.ndarray:
-            return next(supply) if varies else array
-
-        return [swap(*next(own)) if isinstance(a, np.ndarray) else a for a in self.case.args]
+        supply = iter(floating)
+        return self.case.replace(
+            next(supply) if varies else a for a, varies in zip(self.arrays, self.varies, strict=True)
+        )
 
     def _forward(self, floating: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-        out = self.spec.forward(*self._substitute(floating), **self.case.kwargs)
+        args, kwargs = self._substitute(floating)
+        out = self.spec.forward(*args, **kwargs)
         return out if isinstance(out, tuple) else (out,)
 
     def _gradient(self, floating: Sequence[np.ndarray], dy: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         if self.spec.gradient is None:
             raise ValueError(f"{self.spec.name} has no derivative")
-        return self.spec.gradient(self.dy if dy is None else dy, *self._substitute(floating), **self.case.kwargs)
+        args, kwargs = self._substitute(floating)
+        return self.spec.gradient(self.dy if dy is None else dy, *args, **kwargs)
 
     @functools.cached_property
     def values(self) -> tuple[np.ndarray, ...]:
@@ -224,7 +224,8 @@ class Problem:
     @functools.cached_property
     def reductions(self) -> list[int]:
         """Number of terms behind each gradient."""
-        given = self.spec.reductions(*self._substitute(self.floating), **self.case.kwargs)
+        args, kwargs = self._substitute(self.floating)
+        given = self.spec.reductions(*args, **kwargs)
         return [*given, *([1] * (len(self.floating) - len(given)))]
 
 

@@ -174,13 +174,13 @@ class _Run:
         self.values: tuple[Tensor, ...] = ()
         self.gradients: tuple[Tensor, ...] = ()
         self.error = ""
-        self.guards, args = problem.place(device, dtype)
+        self.guards, args, kwargs = problem.place(device, dtype)
         tensors = [guard.tensor for guard, varies in zip(self.guards, problem.varies, strict=True) if varies]
         try:
             with torch.set_grad_enabled(level != "values"):
                 for tensor in tensors:
                     tensor.requires_grad_(level != "values")
-                out = fn(*args, **problem.case.kwargs)
+                out = fn(*args, **kwargs)
                 self.values = out if isinstance(out, tuple) else (out,)
                 if level == "gradients":
                     dy = self._dy(problem)
@@ -309,10 +309,10 @@ def _refusal(spec: Spec, backend: str, device: str, dtype: str) -> str:
     from pydl.backend import backend as forced
 
     sample = next(c for c in spec.cases() if c.arrays[0].size)
-    _, args = Problem(spec, sample, getattr(torch, dtype)).place(torch.device(device))
+    _, args, kwargs = Problem(spec, sample, getattr(torch, dtype)).place(torch.device(device))
     try:
         with forced(backend), torch.no_grad():
-            _public(spec)(*args, **sample.kwargs)
+            _public(spec)(*args, **kwargs)
     except RuntimeError as error:
         return str(error).split("cannot run this call: ")[-1].splitlines()[0]
     return ""

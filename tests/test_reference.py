@@ -28,9 +28,8 @@ TORCH_IS_NAN = {("ctc_loss", "impossible class"), ("ctc_loss_from_logits", "impo
 def run_torch(spec, case):
     every = [torch.from_numpy(a.copy()) for a in case.arrays]
     tensors = [t.requires_grad_() for t in every if t.is_floating_point()]
-    supply = iter(every)
-    args = [next(supply) if isinstance(a, np.ndarray) else a for a in case.args]
-    return tensors, torch_function(spec)(*args, **case.kwargs)
+    args, kwargs = case.replace(every)
+    return tensors, torch_function(spec)(*args, **kwargs)
 
 
 @pytest.mark.parametrize(("spec", "case"), CASES)

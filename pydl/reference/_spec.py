@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,13 +35,35 @@ class Case:
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """The tensors among the positional arguments, in order."""
-        return tuple(a for a in self.args if isinstance(a, np.ndarray))
+        """The tensors among the arguments, in order: positional, then by keyword, also those in tuples and lists."""
+        return tuple(_arrays_in((*self.args, *self.kwargs.values())))
+
+    def replace(self, values: Iterable[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments with other values in the place of the arrays."""
+        supply = iter(values)
+        args = [_replaced(a, supply) for a in self.args]
+        return args, {name: _replaced(a, supply) for name, a in self.kwargs.items()}
 
     @property
     def floating(self) -> tuple[np.ndarray, ...]:
         """Those of them that have a gradient: gradients are returned in this order."""
         return tuple(a for a in self.arrays if np.issubdtype(a.dtype, np.floating))
+
+
+def _arrays_in(value: Any) -> Iterator[np.ndarray]:
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _arrays_in(part)
+
+
+def _replaced(value: Any, supply: Iterator[Any]) -> Any:
+    if isinstance(value, np.ndarray):
+        return next(supply)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_replaced(part, supply) for part in value)
+    return value
 
 
 def _no_reduction(*args: Any, **kwargs: Any) -> tuple[int, ...]:
