@@ -191,13 +191,15 @@ def record(decision: Decision, phase: str) -> None:
         _log.info("%s -> %s (%s)", decision.op, decision.backend, decision.reason)
 
 
-def choose(family: Family, x: Tensor, declined: str = "") -> Decision:
+def choose(family: Family, x: Tensor, declined: str = "", best: str = "") -> Decision:
     """The implementation for a call whose leading tensor is ``x``; recorded as a forward.
 
     Args:
         family: the op.
         x: the tensor that decides: its device, dtype and type.
         declined: a non-empty reason why this very call must go to torch (an argument no kernel takes).
+        best: a non-empty reason why torch is the best known implementation of this very call; not a fallback, and a
+            forced backend runs all the same.
 
     Raises:
         RuntimeError: a forced backend cannot run the call, or ``PYDL_STRICT=1`` and the call falls back to torch.
@@ -206,7 +208,7 @@ def choose(family: Family, x: Tensor, declined: str = "") -> Decision:
         declined = declined or ("nested tensors are" if x.is_nested else f"layout {x.layout} is") + " left to torch"
     if torch.compiler.is_compiling():
         op, name, reason, fallback = _choose_compiling(
-            family.name, x.device.type, str(x.dtype), _kind(x), declined, _forced
+            family.name, x.device.type, str(x.dtype), _kind(x), declined, _forced, best
         )
         return Decision(op, name, reason, fallback)
     if not declined and forward_ad._current_level >= 0:
@@ -215,8 +217,8 @@ def choose(family: Family, x: Tensor, declined: str = "") -> Decision:
         declined = "vmap is left to torch, whose own ops need no loop over the batch"
     if not declined and _jit_is_tracing():
         declined = "torch.jit.trace is left to torch: its graph cannot hold a Python autograd.Function"
-    if declined:
-        decision = _resolve(family, x.device, x.dtype, _kind(x), declined, _forced)
+    if declined or best:
+        decision = _resolve(family, x.device, x.dtype, _kind(x), declined, _forced, best)
     else:
         key = (x.device, x.dtype, type(x), _forced)
         cached = family._cache.get(key)
@@ -241,11 +243,12 @@ def _kind(x: Tensor) -> str:
 
 
 def _choose_compiling(
-    name: str, device_type: str, dtype: str, kind: str, declined: str, forced: str | None
+    name: str, device_type: str, dtype: str, kind: str, declined: str, forced: str | None, best: str
 ) -> tuple[str, str, str, bool]:
     """:func:`choose` while a graph is traced: runs in Python at trace time, so that its answer is a constant."""
     device = torch.device(device_type)
-    decision = _resolve(_families[name], device, getattr(torch, dtype.removeprefix("torch.")), kind, declined, forced)
+    family, wanted = _families[name], getattr(torch, dtype.removeprefix("torch."))
+    decision = _resolve(family, device, wanted, kind, declined, forced, best)
     record(decision, "forward")
     return decision.op, decision.backend, decision.reason, decision.fallback
 
@@ -255,7 +258,13 @@ _choose_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _resolve(
-    family: Family, device: torch.device, dtype: torch.dtype, kind: str, declined: str, forced: str | None
+    family: Family,
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: str,
+    declined: str,
+    forced: str | None,
+    best: str = "",
 ) -> Decision:
     name = family.name
     if kind:
@@ -269,8 +278,9 @@ def _resolve(
         return Decision(name, forced, f"forced by pydl.backend({forced!r})")
     if name in _DISABLED or "all" in _DISABLED:
         declined = declined or "disabled by PYDL_DISABLE"
-    if not declined and device.type in family.policy:
-        return Decision(name, "torch", family.policy[device.type])
+    best = best or family.policy.get(device.type, "")
+    if best and not declined:
+        return Decision(name, "torch", best)
     reasons = [declined] if declined else []
     if not declined:
         order = family.order.get(device.type, ())

@@ -415,3 +415,16 @@ def test_cost_of_a_call() -> None:
     # without a gradient the two differ by the guard alone, a tenth covers what noise the best of many leaves
     assert best["ours"] < 1.1 * best["registered"], best
     assert best["ours, gradient"] < best["registered, gradient"], best
+
+
+def test_a_call_that_torch_does_best_is_no_fallback():
+    """A reason given for one call alone: recorded, not cached for the next, and a forced backend runs all the same."""
+    from pydl.backend import choose, families
+
+    family, x = families()["layer_norm"], torch.randn(2, 8)
+    decision = choose(family, x, best="measured: torch is faster here")
+    assert (decision.backend, decision.reason, decision.fallback) == ("torch", "measured: torch is faster here", False)
+    assert choose(family, x).backend == "cpu"
+    with pydl.backend("cpu"):
+        assert choose(family, x, best="measured").backend == "cpu"
+    assert choose(family, x, declined="no kernel takes it", best="measured").fallback
