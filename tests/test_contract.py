@@ -385,7 +385,7 @@ def test_environment_disables_ops(value: str) -> None:
 
 def test_environment_names_an_op_that_does_not_exist() -> None:
     done = _run("import pydl", PYDL_DISABLE="max_pool")
-    assert done.returncode == 0 and "PYDL_DISABLE names no op of pydl: max_pool (ops: gelu," in done.stderr
+    assert done.returncode == 0 and "PYDL_DISABLE names no op of pydl: max_pool (ops: " in done.stderr
 
 
 def test_environment_strict_raises_on_a_fallback() -> None:
