@@ -129,10 +129,7 @@ class Problem:
         if layout == "expanded":
             arrays[0] = np.broadcast_to(arrays[0][:1], arrays[0].shape).copy()
         self.arrays = arrays
-        # which of the arrays have a gradient
-        self.varies = [
-            np.issubdtype(a.dtype, np.floating) and i not in spec.constants for i, a in enumerate(self.arrays)
-        ]
+        self.varies = spec.varies(case)
         self.floating = [a for a, varies in zip(arrays, self.varies, strict=True) if varies]
         self._rng = np.random.default_rng(zlib.crc32(f"{spec.name} {case.name} {layout}".encode()))
 

@@ -27,7 +27,7 @@ TORCH_IS_NAN = {("ctc_loss", "impossible class"), ("ctc_loss_from_logits", "impo
 
 def run_torch(spec, case):
     every = [torch.from_numpy(a.copy()) for a in case.arrays]
-    tensors = [t.requires_grad_() for t in every if t.is_floating_point()]
+    tensors = [t.requires_grad_() for t, varies in zip(every, spec.varies(case), strict=True) if varies]
     args, kwargs = case.replace(every)
     return tensors, torch_function(spec)(*args, **kwargs)
 

@@ -305,6 +305,8 @@ def test_constants_are_rounded_to_the_dtype_and_have_no_gradient():
         yield Case("scaled", (np.arange(1.0, 5.0), np.array([1 / 3, 2.0, 1 / 7, 5.0])), second=True, layouts=True)
 
     spec = Spec("scale", "", lambda x, k: x * k, lambda dy, x, k: (dy * k,), cases, constants=(1,))
+    # positions count every argument: where k is absent, what follows it is no constant
+    assert Problem(spec, Case("absent", (np.ones(2), None, np.ones(2))), torch.float32).varies == [True, True]
     for problem in (Problem(spec, next(cases()), torch.bfloat16), Problem(spec, next(cases()), torch.float64)):
         assert len(problem.arrays) == 2 and len(problem.floating) == 1
         for level in levels(problem):

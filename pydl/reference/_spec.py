@@ -44,11 +44,6 @@ class Case:
         args = [_replaced(a, supply) for a in self.args]
         return args, {name: _replaced(a, supply) for name, a in self.kwargs.items()}
 
-    @property
-    def floating(self) -> tuple[np.ndarray, ...]:
-        """Those of them that have a gradient: gradients are returned in this order."""
-        return tuple(a for a in self.arrays if np.issubdtype(a.dtype, np.floating))
-
 
 def _arrays_in(value: Any) -> Iterator[np.ndarray]:
     if isinstance(value, np.ndarray):
@@ -86,7 +81,7 @@ class Spec:
         dtypes: names of the dtypes the op promises.
         derivative: whether the gradient is the derivative of the values; torch defines that of the CTC loss otherwise.
         widened: whether results are float32 where the input is half precision; torch is then given float32.
-        constants: positions, among the tensor arguments, of floating ones that have no derivative; they are held fixed.
+        constants: positions, in args, of floating tensors that have no derivative; they are held fixed.
     """
 
     name: str
@@ -99,3 +94,9 @@ class Spec:
     derivative: bool = True
     widened: bool = False
     constants: tuple[int, ...] = ()
+
+    def varies(self, case: Case) -> list[bool]:
+        """For each of a case's arrays whether it has a gradient; gradients are returned in this order."""
+        fixed = [i in self.constants for i, a in enumerate(case.args) for _ in _arrays_in(a)]
+        fixed += [False] * (len(case.arrays) - len(fixed))
+        return [np.issubdtype(a.dtype, np.floating) and not f for a, f in zip(case.arrays, fixed, strict=True)]
