@@ -1,0 +1,65 @@
+// Two things that kernels with exact comparisons need of vectors: a mask as bits, and results that no fused
+// multiply-add takes up.
+#pragma once
+
+#include "common/vec.h"
+
+namespace pydl::PYDL_ISA {
+namespace {
+
+// Bit i is the truth value of lane i.
+template <class C>
+inline uint32_t lane_bits(Mask<C> mask) {
+#if PYDL_VEC_BYTES == 64
+  return mask;
+#elif PYDL_VEC_BYTES == 32
+  if constexpr (sizeof(C) == 4) return uint32_t(_mm256_movemask_ps((__m256)mask));
+  if constexpr (sizeof(C) == 8) return uint32_t(_mm256_movemask_pd((__m256d)mask));
+#elif defined(__x86_64__)
+  if constexpr (sizeof(C) == 4) return uint32_t(_mm_movemask_ps((__m128)mask));
+  if constexpr (sizeof(C) == 8) return uint32_t(_mm_movemask_pd((__m128d)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<C>; ++i) bits |= uint32_t(mask[i] != 0) << i;
+  return bits;
+#endif
+}
+
+// The value after its own rounding. Compilers fuse a product into a following sum, which then is rounded once and
+// differs from one instruction set to the next.
+template <class V>
+inline V rounded(V value) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(value));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(value));
+#endif
+  return value;
+}
+
+// Minimum of numbers; where a lane of either is NaN the result is b's.
+inline VecF min_number(VecF a, VecF b) {
+#if PYDL_VEC_BYTES == 64
+  return (VecF)_mm512_maskz_min_ps(-1, (__m512)a, (__m512)b);
+#elif PYDL_VEC_BYTES == 32
+  return (VecF)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (VecF)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline VecD min_number(VecD a, VecD b) {
+#if PYDL_VEC_BYTES == 64
+  return (VecD)_mm512_maskz_min_pd(-1, (__m512d)a, (__m512d)b);
+#elif PYDL_VEC_BYTES == 32
+  return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b);
+#elif defined(__x86_64__)
+  return (VecD)_mm_min_pd((__m128d)a, (__m128d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+}  // namespace
+}  // namespace pydl::PYDL_ISA
