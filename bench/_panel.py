@@ -31,7 +31,7 @@ def where_pydl_pays(seconds: float = 10.0, device: str | None = None, show: bool
         for mode in ("fwd", "bwd")
         for op in _case.discover()
         for case in _case.select(op, device)
-        if case.panel
+        if case.panel and mode in case.modes
     ]
     clock = _timing.GpuClock() if device == "cuda" else None
     rows: list[dict[str, Any]] = []
