@@ -47,8 +47,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     and stays; corners in the wrong order are taken as they are. CPU and CUDA agree. In a compiled graph the result has
     an unbacked size; `nms_padded` has a static one.
 
-    Source: Neubeck, Van Gool, "Efficient Non-Maximum Suppression", 2006. A box is tested against kept boxes only, on the
-    CPU against those near it, which a grid finds: memory O(N).
+    Source: Neubeck, Van Gool, "Efficient Non-Maximum Suppression", 2006. A box is tested against kept boxes only, on
+    the CPU against those near it, which a grid finds: memory O(N).
     """
     _check("nms", boxes, scores, None, iou_threshold, 2)
     return _apply(_PLAIN, boxes, scores, None, iou_threshold)
