@@ -38,13 +38,13 @@ __device__ inline void check_grid_barrier() {}
 
 #endif
 
-// Waits until all blocks of a cooperative launch are here. `counter` is one zeroed word in global memory per launch;
-// it grows by the number of blocks per barrier and may do so 2^31 / blocks times.
-__device__ inline void grid_barrier(unsigned* counter) {
+// Waits until all `blocks` blocks that share the counter are here: any subset of a cooperative launch, each calling as
+// often as the others. The counter is a zeroed word in global memory; it grows by the number of blocks per barrier and
+// may do so 2^31 / blocks times.
+__device__ inline void blocks_barrier(unsigned* counter, unsigned blocks) {
   check_grid_barrier();
   __syncthreads();
   if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
-    unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
     __threadfence();
     unsigned ticket = atomicAdd(counter, 1u);
     unsigned target = (ticket / blocks + 1) * blocks;
@@ -53,5 +53,8 @@ __device__ inline void grid_barrier(unsigned* counter) {
   }
   __syncthreads();
 }
+
+// Waits until all blocks of a cooperative launch are here.
+__device__ inline void grid_barrier(unsigned* counter) { blocks_barrier(counter, gridDim.x * gridDim.y * gridDim.z); }
 
 }  // namespace pydl

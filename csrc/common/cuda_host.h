@@ -85,6 +85,25 @@ class DeviceGuard {
     return {std::move(tensor), data};
   }
 
+  // Copies from device memory to the host's, and waits for it.
+  void read(void* to, const void* from, size_t bytes) const {
+#ifdef PYDL_SIMT
+    std::memcpy(to, from, bytes);
+#else
+    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync");
+    check_cuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+#endif
+  }
+
+  // Copies inside device memory, in the stream's order.
+  void copy(void* to, const void* from, size_t bytes) const {
+#ifdef PYDL_SIMT
+    std::memcpy(to, from, bytes);
+#else
+    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_), "cudaMemcpyAsync");
+#endif
+  }
+
  private:
   void poison(AtenTensorHandle handle, void* data) const {
     int64_t bytes = 0;

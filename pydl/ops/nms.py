@@ -16,9 +16,8 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _family(name: str, op: str) -> Family:
-    return Family(
-        name, ops=(op,), order={"cpu": ("cpu",), "cuda": ("cuda",)}, dtypes=dict.fromkeys(("cpu", "cuda"), _FLOATS)
-    )
+    dtypes = dict.fromkeys(("cpu", "cuda", "simt"), _FLOATS)
+    return Family(name, ops=(op,), order={"cpu": ("cpu",), "cuda": ("cuda",)}, dtypes=dtypes)
 
 
 _PLAIN, _BATCHED = _family("nms", "nms"), _family("batched_nms", "nms")
