@@ -50,7 +50,7 @@ def test_sizes_around_a_word_of_bits_and_a_block(backend, n):
 @pytest.mark.parametrize("backend", backends_for("nms", without=TORCH))
 def test_many_boxes(backend):
     # beyond what one block (2,048) or one thread (16,384) settles alone; the runner of CUDA sources is slow
-    for n, extent in ((2049, 150), (4097, 250)) if backend.slow else ((17001, 350), (16384, 200)):
+    for n, extent in ((2049, 150), (4097, 250)) if backend.slow else ((17001, 150), (16384, 100)):
         boxes, scores = boxes_of(n, extent=extent)
         assert_kept(backend, boxes, scores, 0.5)
 
@@ -59,7 +59,7 @@ def test_many_boxes(backend):
 def test_large_classes_among_small_ones(backend):
     # two classes that several blocks or threads share, 80 of one box, and as many as there are boxes
     n = 4300 if backend.slow else 33500
-    boxes, scores = boxes_of(n, extent=200)
+    boxes, scores = boxes_of(n, extent=100)
     idxs = torch.arange(n) % 2 - 7
     idxs[:80] = torch.arange(80) * 10**15
     assert_kept(backend, boxes, scores, 0.5, idxs)
