@@ -110,7 +110,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equality of shape, dtype and every bit, NaN included."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.detach().contiguous().view(torch.uint8), b.detach().contiguous().view(torch.uint8))
+    flat_a, flat_b = a.detach().reshape(-1).contiguous(), b.detach().reshape(-1).contiguous()
+    return torch.equal(flat_a.view(torch.uint8), flat_b.view(torch.uint8))
 
 
 def applicable(case: Case) -> list[str]:
