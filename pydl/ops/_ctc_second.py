@@ -56,7 +56,9 @@ def _states(targets: Tensor, target_lengths: Tensor, blank: int) -> tuple[Tensor
     n = target_lengths.shape[0]
     labels = targets.long()
     if targets.dim() == 1:
-        most = int(target_lengths.max()) if n else 0
+        # while a graph is traced no length is known: no target is longer than all labels together
+        known = type(target_lengths) is Tensor and not torch.compiler.is_compiling()
+        most = int(target_lengths.max()) if known and n else targets.shape[0]
         start = target_lengths.cumsum(0) - target_lengths
         place = start.unsqueeze(1) + torch.arange(most, device=targets.device)
         labels = labels[place.clamp(max=max(targets.numel() - 1, 0))] if targets.numel() else labels.new_zeros(n, most)
