@@ -1,5 +1,5 @@
-// Two things that kernels with exact comparisons need of vectors: a mask as bits, and results that no fused
-// multiply-add takes up.
+// More about vectors: masks as bits, results that no fused multiply-add takes up, minimum, lanes moved between two
+// vectors.
 #pragma once
 
 #include "common/vec.h"
@@ -59,6 +59,38 @@ inline VecD min_number(VecD a, VecD b) {
 #else
   return a < b ? a : b;
 #endif
+}
+
+template <int... I, class V>
+inline V pick(V a, V b, Indices<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  typedef decltype(a > b) Order;  // the integer vector that __builtin_shuffle wants
+  return __builtin_shuffle(a, b, Order{I...});
+#endif
+}
+template <int START, class V, int... I>
+inline V window(V a, V b, Indices<I...>) {
+  return pick(a, b, Indices<(START + I)...>{});
+}
+// A whole vector from a followed by b, beginning at element START.
+template <int START, class V>
+inline V window(V a, V b) {
+  return window<START>(a, b, indices<kLanesOf<V>>{});
+}
+template <int START, class V, int... I>
+inline V alternate(V a, V b, Indices<I...>) {
+  return pick(a, b, Indices<(START + I / 2 + I % 2 * kLanesOf<V>)...>{});
+}
+// a[0], b[0], a[1], b[1], ...: the first and the second vector of them.
+template <class V>
+inline V interleave_low(V a, V b) {
+  return alternate<0>(a, b, indices<kLanesOf<V>>{});
+}
+template <class V>
+inline V interleave_high(V a, V b) {
+  return alternate<kLanesOf<V> / 2>(a, b, indices<kLanesOf<V>>{});
 }
 
 }  // namespace

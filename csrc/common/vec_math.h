@@ -5,7 +5,7 @@
 // NaN.
 #pragma once
 
-#include "common/vec.h"
+#include "common/lanes.h"
 
 namespace pydl::PYDL_ISA {
 namespace {
@@ -16,38 +16,14 @@ template <>
 struct FloatBits<float> {
   static constexpr int32_t mantissa = 23, bias = 127;
   static constexpr int32_t root_half = 0x3f3504f3;  // sqrt(1/2)
-  static constexpr float smallest = 0x1p-126f, exp_low = -86.5f, exp_high = 89.0f, exp2_low = -125.0f;
+  static constexpr float exp_low = -86.5f, exp_high = 89.0f, exp2_low = -125.0f;
 };
 template <>
 struct FloatBits<double> {
   static constexpr int64_t mantissa = 52, bias = 1023;
   static constexpr int64_t root_half = 0x3fe6a09e667f3bcd;
-  static constexpr double smallest = 0x1p-1022, exp_low = -708.0, exp_high = 710.0, exp2_low = -1021.0;
+  static constexpr double exp_low = -708.0, exp_high = 710.0, exp2_low = -1021.0;
 };
-
-// Minimum of numbers; where a lane of either is NaN the result is b's.
-inline VecF min_number(VecF a, VecF b) {
-#if PYDL_VEC_BYTES == 64
-  return (VecF)_mm512_maskz_min_ps(-1, (__m512)a, (__m512)b);
-#elif PYDL_VEC_BYTES == 32
-  return (VecF)_mm256_min_ps((__m256)a, (__m256)b);
-#elif defined(__x86_64__)
-  return (VecF)_mm_min_ps((__m128)a, (__m128)b);
-#else
-  return a < b ? a : b;
-#endif
-}
-inline VecD min_number(VecD a, VecD b) {
-#if PYDL_VEC_BYTES == 64
-  return (VecD)_mm512_maskz_min_pd(-1, (__m512d)a, (__m512d)b);
-#elif PYDL_VEC_BYTES == 32
-  return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b);
-#elif defined(__x86_64__)
-  return (VecD)_mm_min_pd((__m128d)a, (__m128d)b);
-#else
-  return a < b ? a : b;
-#endif
-}
 
 // Nearest integers, ties to even, of any magnitude.
 inline VecF round_even(VecF v) {
@@ -184,22 +160,55 @@ inline VecD log2_near_one(VecD f) {
   return s * polynomial(s * s, c);
 }
 
-// log2(x) of normal numbers and of 0; the absolute error is within an ulp of 1 where x is near 1.
+template <class C>
+inline Vec<C> to_float(IntVec<C> k) {
+  if constexpr (sizeof(C) == 4) {
+    return __builtin_convertvector(k, Vec<C>);
+  } else {  // by bits, as few levels have an instruction for 64-bit integers; |k| < 2^51
+    constexpr double magic = 0x1.8p52;
+    return (VecD)((IntVec<double>)splat(magic) + k) - magic;
+  }
+}
+
+// log2(x) of normal numbers x > 0; the absolute error is within an ulp of 1 where x is near 1.
+template <class C>
+inline Vec<C> log2_normal(Vec<C> x) {
+  using B = FloatBits<C>;
+  const IntVec<C> k = ((IntVec<C>)x - B::root_half) >> B::mantissa;
+  const Vec<C> f = (Vec<C>)((IntVec<C>)x - (k << B::mantissa)) - C(1);
+  return log2_near_one(f) + to_float<C>(k);
+}
+// The same with log2(0) = -inf, and NaN of NaN.
 template <class C>
 inline Vec<C> log2(Vec<C> x) {
+  return select<C>(greater(x, Vec<C>{}), log2_normal<C>(x), select<C>(is_nan(x), x, splat(-kInfinity<C>)));
+}
+
+// Moves the powers of two out of the factors, which are then in [1, 2); of 0 and NaN nothing is moved.
+template <class C>
+inline Exp<C> normalize(Exp<C> v) {
   using B = FloatBits<C>;
-  const IntVec<C> above = (IntVec<C>)x - B::root_half;
-  const IntVec<C> k = above >> B::mantissa;
-  const Vec<C> f = (Vec<C>)((IntVec<C>)x - (k << B::mantissa)) - C(1);
-  Vec<C> power;
-  if constexpr (sizeof(C) == 4) {
-    power = __builtin_convertvector(k, Vec<C>);
-  } else {  // the same by bits, where there is no instruction for 64-bit integers
-    constexpr double magic = 0x1.8p52;
-    power = (VecD)((IntVec<double>)splat(magic) + k) - magic;
-  }
-  const Vec<C> value = log2_near_one(f) + power;
-  return select<C>(greater(x, Vec<C>{}), value, select<C>(is_nan(x), x, splat(-kInfinity<C>)));
+  constexpr int_t<C> one = int_t<C>(B::bias) << B::mantissa, fraction = (int_t<C>(1) << B::mantissa) - 1;
+  const IntVec<C> bits = (IntVec<C>)v.factor;
+  const Mask<C> normal = greater(v.factor, Vec<C>{});
+  const Vec<C> power = v.power + to_float<C>((bits >> B::mantissa) - B::bias);
+  return {select<C>(normal, (Vec<C>)((bits & fraction) | one), v.factor), select<C>(normal, power, v.power)};
+}
+
+// The largest lane, and the largest of n elements in memory; NaN is passed over.
+template <class C>
+inline C maximum(Vec<C> v) {
+  C top = v[0];
+  for (int i = 1; i < kLanes<C>; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+template <class T>
+inline compute_t<T> maximum(const T* x, int64_t n) {
+  using C = compute_t<T>;
+  const Vec<C> least = splat(-kInfinity<C>);
+  Vec<C> top[4] = {least, least, least, least};
+  sweep<C>(n, [&](int64_t i, int slot, auto extent) { top[slot] = max_number(load(x + i, extent, least), top[slot]); });
+  return maximum<C>(max_number(max_number(top[0], top[1]), max_number(top[2], top[3])));
 }
 
 }  // namespace
