@@ -1,15 +1,11 @@
 // Non-maximum suppression of axis-aligned boxes: torchvision's rule, exactly. A box goes when its IoU with a kept box
 // of a higher score exceeds the threshold, IoU being inter / (area_a + area_b - inter) in the compute type.
+#include "cpu/nms_iou.h"
 #include "cpu/nms_segment.h"
 
 namespace pydl {
 namespace PYDL_ISA {
 namespace {
-
-template <class V>
-V area_of(V x1, V y1, V x2, V y2) {
-  return rounded(rounded(x2 - x1) * rounded(y2 - y1));
-}
 
 // EVERY: the threshold is negative, so that boxes which do not meet count too.
 template <class C, bool EVERY>
@@ -63,7 +59,7 @@ struct AxisBoxes {
               uint32_t lanes) const {
     const Vec<C> x1 = load(grid.kept.x1 + slot), y1 = load(grid.kept.y1 + slot);
     const Vec<C> x2 = load(grid.kept.x2 + slot), y2 = load(grid.kept.y2 + slot);
-    const Vec<C> inter = rounded(max_number(width, Vec<C>{}) * max_number(height, Vec<C>{}));
+    const Vec<C> inter = overlap_of(width, height);
     const Vec<C> iou = inter / (p.area + area_of(x1, y1, x2, y2) - inter);
     return (lanes & lane_bits<C>(greater(iou, splat(threshold)))) != 0;
   }
@@ -117,6 +113,7 @@ bool nms_settle(const NmsJob& job, const NmsSegment& segment, int64_t begin, int
 
 #if PYDL_ISA_LEVEL == 0
 
+#include "common/threshold.h"
 #include "cpu/nms_order.h"
 
 namespace pydl {
@@ -134,24 +131,15 @@ const NmsKernels kernels() {
           PYDL_CPU_DISPATCH(nms_settle)};
 }
 
-// The largest value of the compute type that is not above t: x > t and x > this are the same for every x of that type.
-double round_down(double t, Dtype dtype) {
-  if (dtype == Dtype::kDouble) return t;
-  const float near = float(t);
-  return double(near) > t ? std::nextafter(near, -std::numeric_limits<float>::infinity()) : near;
-}
-
 // Which boxes of each image are kept, by the order of their scores.
-Ordered suppress(const char* op, const Tensor& boxes_in, const Tensor& scores_in, const std::optional<Tensor>& idxs_in,
-                 double threshold, std::optional<double> score_threshold, int64_t most) {
-  const Tensor boxes = as_contiguous(boxes_in);
-  const Array meta(boxes);
-  Ordered ordered = order_by_score(op, meta, 4, scores_in, idxs_in, score_threshold, most);
+Ordered suppress(const NmsArrays& in, double threshold, std::optional<double> score_threshold, int64_t most) {
+  Ordered ordered = order_by_score(in, score_threshold, most);
   const int64_t n = ordered.positions();
-  const int64_t plane = (n + 16) * size_of(compute_dtype(meta.dtype));
+  const Dtype dtype = in.boxes.dtype;
+  const int64_t plane = (n + 16) * size_of(compute_dtype(dtype));
   const Scratch planes(5 * plane);
   const auto at = [&](int i) { return planes.get<char>() + i * plane; };
-  const NmsJob job{meta.data,
+  const NmsJob job{in.boxes.data,
                    ordered.source.data(),
                    at(0),
                    at(1),
@@ -159,23 +147,25 @@ Ordered suppress(const char* op, const Tensor& boxes_in, const Tensor& scores_in
                    at(3),
                    at(4),
                    ordered.keep.data(),
-                   round_down(threshold, meta.dtype),
-                   meta.dtype};
+                   dtype == Dtype::kDouble ? threshold : double(float_below(threshold)),
+                   dtype};
   parallel(n, 8, [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(nms_gather)(job, begin, end); });
   run_segments(job, ordered.segments, kernels());
   return ordered;
 }
 
 Tensor nms(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs, double iou_threshold) {
-  STD_TORCH_CHECK(Array(boxes).dim == 2, "nms: boxes must have shape [N, 4]");
-  return suppress("nms", boxes, scores, idxs, iou_threshold, std::nullopt, kEverything).all();
+  const NmsArrays in("nms", boxes, 4, scores, idxs);
+  STD_TORCH_CHECK(in.boxes.dim == 2, "nms: boxes must have shape [N, 4]");
+  return suppress(in, iou_threshold, std::nullopt, kEverything).all();
 }
 
 std::tuple<Tensor, Tensor> nms_padded(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs,
                                       double iou_threshold, int64_t max_output, std::optional<double> score_threshold) {
-  STD_TORCH_CHECK(Array(boxes).dim == 3, "nms_padded: boxes must have shape [B, N, 4]");
+  const NmsArrays in("nms_padded", boxes, 4, scores, idxs);
+  STD_TORCH_CHECK(in.boxes.dim == 3, "nms_padded: boxes must have shape [B, N, 4]");
   STD_TORCH_CHECK(max_output >= 0, "nms_padded: max_output must not be negative, got ", max_output);
-  return suppress("nms_padded", boxes, scores, idxs, iou_threshold, score_threshold, max_output).padded(max_output);
+  return suppress(in, iou_threshold, score_threshold, max_output).padded(max_output);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pydl, CPU, m) {

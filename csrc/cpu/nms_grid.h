@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common/lanes.h"
+#include "common/vec_math.h"
 #include "cpu/nms.h"
 
 namespace pydl::PYDL_ISA {

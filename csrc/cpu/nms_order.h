@@ -150,34 +150,50 @@ void order_image(Ordered& o, std::vector<NmsSegment>& segments, int64_t image, c
   }
 }
 
-// Checks what memory safety needs: boxes [..., count, width] with scores, and idxs if given, of shape [..., count].
-inline Ordered order_by_score(const char* op, const Array& boxes, int64_t width, const Tensor& scores_in,
-                              const std::optional<Tensor>& idxs_in, std::optional<double> score_threshold,
-                              int64_t most) {
-  const Tensor scores = as_contiguous(scores_in);
-  const Array meta(scores);
-  STD_TORCH_CHECK(is_floating(boxes.dtype) && is_floating(meta.dtype), op, ": boxes and scores must be floating point");
-  STD_TORCH_CHECK(boxes.sizes[boxes.dim - 1] == width, op, ": boxes must have ", width, " numbers each, got ",
-                  boxes.sizes[boxes.dim - 1]);
-  const auto matches = [&](const Array& other) {
-    return other.dim == boxes.dim - 1 && std::equal(other.sizes, other.sizes + other.dim, boxes.sizes);
-  };
-  STD_TORCH_CHECK(matches(meta), op, ": scores must have the shape of boxes without the last dimension");
-  const Tensor idxs = idxs_in ? as_contiguous(*idxs_in) : scores;
-  const Array classes(idxs);
-  STD_TORCH_CHECK(!idxs_in || (classes.dtype == Dtype::kInt64 && matches(classes)), op,
-                  ": idxs must be int64 and have the shape of scores");
-  Ordered o{boxes.dim == 3 ? boxes.sizes[0] : 1, boxes.sizes[boxes.dim - 2], {}, {}, {}, {}, {}};
+// The arguments that all ops here share, made contiguous, and checked as far as memory safety needs: boxes [..., count,
+// width], scores and idxs [..., count].
+struct NmsArrays {
+  NmsArrays(const char* op, const Tensor& boxes_in, int64_t width, const Tensor& scores_in,
+            const std::optional<Tensor>& idxs_in)
+      : tensors{as_contiguous(boxes_in), as_contiguous(scores_in), as_contiguous(idxs_in.value_or(scores_in))},
+        boxes(tensors[0]),
+        scores(tensors[1]) {
+    STD_TORCH_CHECK(boxes.dim == 2 || boxes.dim == 3, op, ": boxes must have 2 or 3 dimensions, got ", boxes.dim);
+    STD_TORCH_CHECK(is_floating(boxes.dtype) && is_floating(scores.dtype), op,
+                    ": boxes and scores must be floating point");
+    STD_TORCH_CHECK(boxes.sizes[boxes.dim - 1] == width, op, ": boxes must have ", width, " numbers each, got ",
+                    boxes.sizes[boxes.dim - 1]);
+    const auto matches = [&](const Array& other) {
+      return other.dim == boxes.dim - 1 && std::equal(other.sizes, other.sizes + other.dim, boxes.sizes);
+    };
+    STD_TORCH_CHECK(matches(scores), op, ": scores must have the shape of boxes without the last dimension");
+    const Array idxs(tensors[2]);
+    STD_TORCH_CHECK(!idxs_in || (idxs.dtype == Dtype::kInt64 && matches(idxs)), op,
+                    ": idxs must be int64 and have the shape of scores");
+    classes = idxs_in ? static_cast<const int64_t*>(idxs.data) : nullptr;
+    images = boxes.dim == 3 ? boxes.sizes[0] : 1;
+    count = boxes.sizes[boxes.dim - 2];
+  }
+
+  const Tensor tensors[3];
+  Array boxes, scores;
+  const int64_t* classes;
+  int64_t images, count;
+};
+
+// Every box by image, class and score; at most `most` of a segment are wanted.
+inline Ordered order_by_score(const NmsArrays& in, std::optional<double> score_threshold, int64_t most) {
+  Ordered o{in.images, in.count, {}, {}, {}, {}, {}};
   o.valid.resize(size_t(o.images));
   o.source.resize(size_t(o.positions()));
   o.keep.resize(size_t(o.positions()));
-  if (idxs_in) o.rank.resize(size_t(o.positions()));
+  if (in.classes != nullptr) o.rank.resize(size_t(o.positions()));
   std::vector<std::vector<NmsSegment>> found(size_t(o.images));
   parallel(o.images, 8 * o.count, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
-      PYDL_FLOAT_SWITCH(meta.dtype, order_image(o, found[size_t(image)], image, static_cast<const T*>(meta.data),
-                                                idxs_in ? static_cast<const int64_t*>(classes.data) : nullptr,
-                                                score_threshold, most));
+      PYDL_FLOAT_SWITCH(in.scores.dtype,
+                        order_image(o, found[size_t(image)], image, static_cast<const T*>(in.scores.data), in.classes,
+                                    score_threshold, most));
     }
   });
   for (const auto& segments : found) o.segments.insert(o.segments.end(), segments.begin(), segments.end());

@@ -4,27 +4,14 @@
 
 #include <limits>
 
-#include "common/cuda_host.h"
 #include "cuda/nms.h"
+#include "cuda/nms_order.h"
 
 namespace pydl {
 namespace {
 
 constexpr int64_t kNmsOneBlock = 2048;  // the largest image, or class of one, that a single block settles
 constexpr int kNmsTile = 128;           // positions among which a block looks for segments at a time
-constexpr int kNmsSimple = 256;         // threads of the kernels with one thread per box
-
-// What the caller gave: images of `count` boxes each, and what is wanted of them.
-struct NmsCall {
-  const void* boxes;
-  const void* scores;
-  const int64_t* classes;  // null: all of one class
-  int64_t images, count, most;
-  double iou_threshold;
-  double score_threshold;  // used if limited
-  bool limited;
-  Dtype box_dtype, score_dtype;
-};
 
 // Where results and intermediate values of all positions lie in device memory.
 struct NmsBuffers {
@@ -34,30 +21,6 @@ struct NmsBuffers {
   int64_t* sorted_classes;  // by position; null if there are none
   void* sorted_boxes;       // by position
 };
-
-__device__ inline double load_number(const void* data, Dtype dtype, int64_t i) {
-  switch (dtype) {
-    case Dtype::kDouble:
-      return static_cast<const double*>(data)[i];
-    case Dtype::kHalf:
-      return to_acc(static_cast<const __half*>(data)[i]);
-    case Dtype::kBFloat16:
-      return to_acc(static_cast<const __nv_bfloat16*>(data)[i]);
-    default:
-      return static_cast<const float*>(data)[i];
-  }
-}
-
-constexpr uint64_t kNmsExcluded = ~uint64_t(0);
-
-// A key that ascends while scores descend: NaN comes first, zeros of both signs are equal. Excluded boxes come last.
-__device__ inline uint64_t score_key(const NmsCall& call, int64_t i) {
-  double score = load_number(call.scores, call.score_dtype, i);
-  if (call.limited && !(score > call.score_threshold)) return kNmsExcluded;
-  if (score != score) return 0;
-  uint64_t bits = uint64_t(__double_as_longlong(score + 0.0)), sign = uint64_t(1) << 63;
-  return bits & sign ? bits : ~(bits | sign);
-}
 
 // Sorts 2^k pairs in shared memory by key, equal keys by index (a bitonic network).
 __device__ inline void sort_pairs(uint64_t* keys, uint16_t* index, int n) {
@@ -117,22 +80,12 @@ __global__ void __launch_bounds__(kNmsThreads, 1)
 
 // ---- larger images
 
-// Long segments, in any order; `barriers` has a word for each block of the grid.
+// Long segments, in any order. The words count them, and then the arrivals at the barrier of each team of blocks.
 struct NmsLong {
   int64_t* begins;
   int64_t* ends;
-  unsigned* count;
-  unsigned* barriers;
+  unsigned* words;
 };
-
-__global__ void __launch_bounds__(kNmsSimple, 1)
-    nms_keys_kernel(NmsCall call, int64_t* keys, NmsLong longs, int barriers) {
-  int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i == 0) *longs.count = 0;
-  if (i < barriers) longs.barriers[i] = 0;
-  // torch sorts signed integers
-  if (i < call.images * call.count) keys[i] = int64_t(score_key(call, i) ^ uint64_t(1) << 63);
-}
 
 __global__ void __launch_bounds__(kNmsSimple, 1)
     nms_classes_kernel(NmsCall call, const int64_t* __restrict__ order, int64_t* __restrict__ classes) {
@@ -182,7 +135,7 @@ __global__ void __launch_bounds__(kNmsSimple, 1)
   if (!segment_begins(call, sorted.classes, position)) return;
   int64_t end = segment_end(call, sorted.classes, position);
   if (end - position <= kNmsOneBlock) return;
-  unsigned slot = atomicAdd(longs.count, 1u);
+  unsigned slot = atomicAdd(longs.words, 1u);
   longs.begins[slot] = position;
   longs.ends[slot] = end;
 }
@@ -217,13 +170,13 @@ __global__ void __launch_bounds__(kNmsThreads, 1)
     }
     __syncthreads();
   }
-  int waiting = int(*longs.count), blocks = int(gridDim.x);
+  int waiting = int(*longs.words), blocks = int(gridDim.x);
   int size = waiting < blocks ? blocks / (waiting < 1 ? 1 : waiting) : 1, teams = blocks / size;
   int team = int(blockIdx.x) / size;
   if (team >= teams) return;
   for (int i = team; i < waiting; i += teams) {
     settle_segment(geometry, segment(longs.begins[i], longs.ends[i]),
-                   NmsTeam{int(blockIdx.x) % size, size, longs.barriers + team});
+                   NmsTeam{int(blockIdx.x) % size, size, longs.words + 1 + team});
     __syncthreads();
   }
 }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pydl.backend import Family, choose
 from pydl.ops._contract import Op
+from pydl.ops._nms_arguments import check_boxes, check_number, pair_iou
 
 __all__ = ["batched_nms", "nms", "nms_padded"]
 
@@ -49,7 +48,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Source: Neubeck, Van Gool, "Efficient Non-Maximum Suppression", 2006. A box is tested against kept boxes only, on
     the CPU against those near it, which a grid finds: memory O(N).
     """
-    _check("nms", boxes, scores, None, iou_threshold, 2)
+    check_boxes("nms", boxes, scores, None, iou_threshold)
     return _apply(_PLAIN, boxes, scores, None, iou_threshold)
 
 
@@ -74,7 +73,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     Source: as `nms`; boxes are sorted by class and score, and each class is a problem of its own.
     """
-    _check("batched_nms", boxes, scores, idxs, iou_threshold, 2)
+    check_boxes("batched_nms", boxes, scores, idxs, iou_threshold)
     return _apply(_BATCHED, boxes, scores, idxs, iou_threshold)
 
 
@@ -109,13 +108,13 @@ def nms_padded(
 
     The rule and its precision are those of `nms`, and so is the source.
     """
-    _check("nms_padded", boxes, scores, idxs, iou_threshold, 3)
+    check_boxes("nms_padded", boxes, scores, idxs, iou_threshold, 3)
     if not isinstance(max_output, (int, torch.SymInt)) or isinstance(max_output, bool):
         raise TypeError(f"nms_padded: argument 'max_output' must be an int, got {max_output!r}")
     if max_output < 0:
         raise RuntimeError(f"nms_padded: argument 'max_output' must not be negative, got {max_output}")
     if score_threshold is not None:
-        _number("nms_padded", "score_threshold", score_threshold)
+        check_number("nms_padded", "score_threshold", score_threshold)
     decision = choose(_PADDED, boxes)
     classes = None if idxs is None else idxs.to(torch.int64)
     if decision.backend == "torch":
@@ -134,56 +133,6 @@ def _apply(family: Family, boxes: Tensor, scores: Tensor, idxs: Tensor | None, i
     return kept
 
 
-def _number(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) and not hasattr(value, "__float__"):
-        raise TypeError(f"{op}: argument {name!r} must be a number, got {value!r}")
-
-
-def _check(op: str, boxes: Any, scores: Any, idxs: Any, iou_threshold: Any, dim: int) -> None:
-    """Refuses what the kernels cannot take. Good arguments cost one expression: the rest only finds the words."""
-    if (
-        isinstance(boxes, Tensor)
-        and isinstance(scores, Tensor)
-        and (idxs is None or _fits(idxs, scores))
-        and isinstance(iou_threshold, float)
-        and boxes.dim() == dim
-        and boxes.shape[-1] == 4
-        and scores.shape == boxes.shape[:-1]
-        and boxes.is_floating_point()
-        and scores.is_floating_point()
-        and scores.device == boxes.device
-    ):
-        return
-    for name, value in (("boxes", boxes), ("scores", scores), ("idxs", idxs)):
-        if not isinstance(value, Tensor) and (value is not None or name != "idxs"):
-            raise TypeError(f"{op}: argument {name!r} must be a Tensor, got {type(value).__name__}")
-    _number(op, "iou_threshold", iou_threshold)
-    batch = "B, " if dim == 3 else ""
-    if boxes.dim() != dim or boxes.shape[-1] != 4:
-        raise RuntimeError(f"{op}: argument 'boxes' must have shape [{batch}N, 4], got {list(boxes.shape)}")
-    for name, value in (("scores", scores), ("idxs", idxs)):
-        if value is None:
-            continue
-        wanted = boxes.shape[:-1]
-        if value.shape != wanted:
-            raise RuntimeError(
-                f"{op}: argument {name!r} must have shape [{batch}N] = {list(wanted)}, got {list(value.shape)}"
-            )
-        if value.device != boxes.device:
-            raise RuntimeError(f"{op}: argument {name!r} must be on {boxes.device} as boxes, got {value.device}")
-    for name, value in (("boxes", boxes), ("scores", scores)):
-        if not value.is_floating_point():
-            raise RuntimeError(f"{op}: argument {name!r} must be floating point, got {value.dtype}")
-    if idxs is not None and (idxs.is_floating_point() or idxs.is_complex()):
-        raise RuntimeError(f"{op}: argument 'idxs' must be integers, got {idxs.dtype}")
-
-
-def _fits(idxs: Any, scores: Tensor) -> bool:
-    if not isinstance(idxs, Tensor) or idxs.is_floating_point() or idxs.is_complex():
-        return False
-    return idxs.shape == scores.shape and idxs.device == scores.device
-
-
 def _torch_greedy(
     boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, order: Tensor | None = None
 ) -> Tensor:
@@ -191,18 +140,11 @@ def _torch_greedy(
     if order is None:
         order = torch.argsort(scores, descending=True, stable=True)
     boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
-    zero = boxes.new_zeros(())
     kept = []
     while order.numel():
         first, order = order[0], order[1:]
         kept.append(first)
-        x1, y1, x2, y2 = boxes[order].unbind(1)
-        a1, b1, a2, b2 = boxes[first].unbind()
-        width = torch.fmax(torch.fmin(a2, x2) - torch.fmax(a1, x1), zero)
-        height = torch.fmax(torch.fmin(b2, y2) - torch.fmax(b1, y1), zero)
-        inter = width * height
-        iou = inter / ((a2 - a1) * (b2 - b1) + (x2 - x1) * (y2 - y1) - inter)
-        stays = ~(iou.double() > iou_threshold)
+        stays = ~(pair_iou(boxes[first], boxes[order]).double() > iou_threshold)
         if idxs is not None:
             stays |= idxs[order] != idxs[first]
         order = order[stays]
