@@ -7,7 +7,6 @@
 #pragma once
 
 #include "common/lanes.h"
-#include "common/vec_math.h"
 #include "cpu/nms.h"
 
 namespace pydl::PYDL_ISA {

@@ -15,7 +15,7 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _family(name: str) -> Family:
-    dtypes = dict.fromkeys(("cpu", "cuda", "simt"), _FLOATS)
+    dtypes: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(("cpu", "cuda", "simt"), _FLOATS)
     return Family(name, ops=(name,), order={"cpu": ("cpu",), "cuda": ("cuda",)}, dtypes=dtypes)
 
 
