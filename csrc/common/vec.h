@@ -58,9 +58,10 @@ using lane_t = decltype(V{}[0] + V{}[0]);
 template <class V>
 inline constexpr int kLanesOf = sizeof(V) / sizeof(V{}[0]);
 
+// A subtraction of 0 leaves every value as it is, -0 too, so that no instruction is spent on it.
 template <class C>
 inline Vec<C> splat(C value) {
-  return Vec<C>{} + value;
+  return value - Vec<C>{};
 }
 
 template <class C>
