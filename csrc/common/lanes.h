@@ -1,5 +1,5 @@
-// More about vectors: masks as bits, results that no fused multiply-add takes up, minimum, lanes moved between two
-// vectors.
+// More about vectors: masks as bits, results that no fused multiply-add takes up, minimum, the largest lane, lanes
+// moved between two vectors.
 #pragma once
 
 #include "common/vec.h"
@@ -59,6 +59,20 @@ inline VecD min_number(VecD a, VecD b) {
 #else
   return a < b ? a : b;
 #endif
+}
+
+// The largest lane of a vector without NaN.
+template <class V>
+inline lane_t<V> largest(V v) {
+  constexpr int n = kLanesOf<V>;
+  if constexpr (n == 2) {
+    return v[0] > v[1] ? v[0] : v[1];
+  } else {
+    typedef VecN<lane_t<V>, n / 2> HalfVec;
+    HalfVec halves[2];
+    __builtin_memcpy(halves, &v, sizeof(V));
+    return largest<HalfVec>(halves[0] > halves[1] ? halves[0] : halves[1]);
+  }
 }
 
 template <int... I, class V>

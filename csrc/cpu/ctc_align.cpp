@@ -102,8 +102,7 @@ void rescale(C* labels, C* blanks, int64_t count) {
   for (int64_t k = 0; k < count; k += kLanes<C>) {
     most = max_number(most, max_number(load(labels + k), load(blanks + k)));
   }
-  C best = most[0];
-  for (int i = 1; i < kLanes<C>; ++i) best = best < most[i] ? most[i] : best;
+  const C best = largest(most);
   if (!(best > -kInfinity<C> && best < kInfinity<C>)) return;
   for (int64_t k = 0; k < count; k += kLanes<C>) {
     store(labels + k, load(labels + k) - splat(best));
@@ -202,9 +201,8 @@ void ctc_align_items(const CtcAlign& a, void* scratch, int64_t begin, int64_t en
 
 #if PYDL_ISA_LEVEL == 0
 #include <algorithm>
-#include <string>
 
-#include "common/host.h"
+#include "cpu/ctc_arguments.h"
 
 namespace pydl {
 
@@ -215,23 +213,6 @@ namespace {
 using namespace host;
 
 const char* const kOp = "ctc_align";
-
-int64_t integer_at(const Array& a, int64_t i) {
-  return a.dtype == Dtype::kInt64 ? static_cast<const int64_t*>(a.data)[i] : static_cast<const int32_t*>(a.data)[i];
-}
-
-Sizes read_lengths(const char* name, const Tensor& tensor, int64_t items, int64_t most) {
-  const Array a(tensor);
-  STD_TORCH_CHECK((a.dtype == Dtype::kInt64 || a.dtype == Dtype::kInt32) && a.dim == 1 && a.sizes[0] == items, kOp,
-                  ": ", name, " must be int32 or int64 of shape [", items, "]");
-  Sizes lengths(static_cast<size_t>(items));
-  for (int64_t n = 0; n < items; ++n) {
-    lengths[size_t(n)] = integer_at(a, n * a.strides[0]);
-    STD_TORCH_CHECK(lengths[size_t(n)] >= 0 && lengths[size_t(n)] <= most, kOp, ": ", name, "[", n, "] must be in [0, ",
-                    most, "], got ", lengths[size_t(n)]);
-  }
-  return lengths;
-}
 
 // The labels of all items, one item after the other.
 Sizes read_labels(const Array& targets, const Sizes& lengths, int64_t blank, int64_t classes) {
@@ -257,15 +238,12 @@ Sizes read_labels(const Array& targets, const Sizes& lengths, int64_t blank, int
 std::tuple<Tensor, Tensor> ctc_align(const Tensor& x, const Tensor& targets, const Tensor& input_lengths,
                                      const Tensor& target_lengths, int64_t blank, int64_t) {
   const Array in(x), rows(targets);
-  STD_TORCH_CHECK(in.dim == 3 && is_floating(in.dtype), kOp,
-                  ": x must be float32, float64, float16 or bfloat16 of shape [T, N, C]");
+  check_log_probs(kOp, in, blank);
   const int64_t frames = in.sizes[0], items = in.sizes[1], classes = in.sizes[2];
-  STD_TORCH_CHECK(blank >= 0 && blank < classes, kOp, ": blank must be in [0, ", classes, "), got ", blank);
-  STD_TORCH_CHECK((rows.dtype == Dtype::kInt64 || rows.dtype == Dtype::kInt32) &&
-                      (rows.dim == 1 || (rows.dim == 2 && rows.sizes[0] == items)),
-                  kOp, ": targets must be int32 or int64 of shape [N, S] or [sum of target_lengths]");
-  const Sizes frame_counts = read_lengths("input_lengths", input_lengths, items, frames);
-  const Sizes lengths = read_lengths("target_lengths", target_lengths, items, rows.sizes[rows.dim - 1]);
+  STD_TORCH_CHECK(is_integer(rows.dtype) && (rows.dim == 1 || (rows.dim == 2 && rows.sizes[0] == items)), kOp,
+                  ": targets must be int32 or int64 of shape [N, S] or [sum of target_lengths]");
+  const Sizes frame_counts = read_lengths(kOp, "input_lengths", input_lengths, items, frames);
+  const Sizes lengths = read_lengths(kOp, "target_lengths", target_lengths, items, rows.sizes[rows.dim - 1]);
   const Sizes labels = read_labels(rows, lengths, blank, classes);
   const Dtype scores_dtype = compute_dtype(in.dtype);
   const int64_t sizes[2] = {items, frames};

@@ -132,6 +132,13 @@ def as_targets(op: str, targets: Tensor, n: int, device: torch.device) -> Tensor
     return _to_device(targets if targets.dtype in _INTEGERS else targets.to(torch.int64), device, False)
 
 
+def explain_bad_lengths(op: str, input_lengths: Tensor, frames: int) -> None:
+    """Raises BadTargetError for the first input length outside [0, frames]; returns if there is none."""
+    for n, value in enumerate(input_lengths.tolist()):
+        if not 0 <= value <= frames:
+            raise BadTargetError(f"{op}: item {n}: input length {value} must be in [0, T={frames}]")
+
+
 def explain_bad_targets(
     op: str,
     targets: Tensor,
@@ -157,10 +164,8 @@ def explain_bad_targets(
     Raises:
         BadTargetError: with item, position, rule and value.
     """
-    inputs, lengths = input_lengths.tolist(), target_lengths.tolist()
-    for n, value in enumerate(inputs):
-        if not 0 <= value <= frames:
-            raise BadTargetError(f"{op}: item {n}: input length {value} must be in [0, T={frames}]")
+    explain_bad_lengths(op, input_lengths, frames)
+    lengths = target_lengths.tolist()
     longest, limit = (targets.numel(), "all targets") if targets.dim() == 1 else (targets.shape[1], "S")
     for n, value in enumerate(lengths):
         if not 0 <= value <= longest:
