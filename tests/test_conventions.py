@@ -80,8 +80,10 @@ def test_every_public_function_has_an_oracle_and_a_case(op):
     from pydl import reference
 
     found = reference.specs(op)
-    public = importlib.import_module(f"pydl.ops.{op}").__all__
-    assert set(public) == set(found), f"pydl.ops.{op}.__all__ and pydl.reference.{op}.SPECS name other functions"
+    module = importlib.import_module(f"pydl.ops.{op}")
+    # functions that give no tensors, such as texts, have tests of their own
+    graded = set(module.__all__) - set(getattr(module, "UNGRADED", ()))
+    assert graded == set(found), f"pydl.ops.{op}.__all__ and pydl.reference.{op}.SPECS name other functions"
     for spec in found.values():
         cases = list(spec.cases())
         assert any(c.layouts for c in cases), f"{spec.name}: no case is tried in other layouts"
