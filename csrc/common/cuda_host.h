@@ -104,16 +104,20 @@ class DeviceGuard {
 #endif
   }
 
+  // Every byte of device memory, in the stream's order: 0 is zero, 0xff is NaN in every floating type.
+  void fill_bytes(void* data, int byte, size_t bytes) const {
+#ifdef PYDL_SIMT
+    std::memset(data, byte, bytes);
+#else
+    check_cuda(cudaMemsetAsync(data, byte, bytes, stream_), "cudaMemsetAsync");
+#endif
+  }
+
  private:
   void poison(AtenTensorHandle handle, void* data) const {
     int64_t bytes = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
-    if (bytes == 0) return;
-#ifdef PYDL_SIMT
-    std::memset(data, 0xff, size_t(bytes));
-#else
-    check_cuda(cudaMemsetAsync(data, 0xff, size_t(bytes), stream_), "cudaMemsetAsync");
-#endif
+    if (bytes > 0) fill_bytes(data, 0xff, size_t(bytes));
   }
 
   int32_t type_ = 0;

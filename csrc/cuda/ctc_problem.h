@@ -15,6 +15,8 @@ using host::Array;
 using host::Output;
 using host::Tensor;
 
+enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
 // Log-probabilities (or logits) x [T, N, C] of any strides, in elements; targets [N, S] or one after the other.
 struct Ctc {
   const void* x;
