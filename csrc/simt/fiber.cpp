@@ -94,11 +94,16 @@ void StackArena::reset() {
 }
 
 Stack StackArena::take() {
-  if (!free_.empty()) {
-    Stack stack = free_.back();
-    free_.pop_back();
-    return stack;
-  }
+  Stack stack = free_.empty() ? fresh() : free_.back();
+  if (!free_.empty()) free_.pop_back();
+#if PYDL_SIMT_ASAN
+  // A fiber that ended in its loop, or was abandoned after an error, leaves its frames' redzones behind.
+  __asan_unpoison_memory_region(stack.base, stack.size);
+#endif
+  return stack;
+}
+
+Stack StackArena::fresh() {
   if (fresh_ == capacity_) throw std::bad_alloc();
   char* base = base_ + fresh_ * stack_size_;
   if (fresh_ == guarded_ && fresh_ < kGuardedStacks) {
@@ -108,12 +113,7 @@ Stack StackArena::take() {
   // Equal stacks would compete for the same cache sets: their tops are moved apart.
   size_t shift = fresh_ % 61 * 64;
   ++fresh_;
-  Stack stack{base + kGuard, stack_size_ - kGuard - shift};
-#if PYDL_SIMT_ASAN
-  // A fiber abandoned after an error leaves its frames' redzones behind.
-  __asan_unpoison_memory_region(stack.base, stack.size);
-#endif
-  return stack;
+  return {base + kGuard, stack_size_ - kGuard - shift};
 }
 
 #if defined(__x86_64__)

@@ -44,6 +44,7 @@ class StackArena {
 
  private:
   void unmap();
+  Stack fresh();
 
   char* base_ = nullptr;
   size_t stack_size_;
