@@ -17,6 +17,16 @@ DROP_INS = [name for name in pydl.nn.__all__ if hasattr(nn, name)]
 ARGUMENTS = {"LayerNorm": ((6, 4),), "MaxPool2d": (3, 2, 1)}
 
 
+def ctc_loss(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """x [2, 5, 6, 4] as ten frames of six items and four classes."""
+    targets = torch.tensor([[1, 2, 2]]).expand(6, 3)
+    return module(x.flatten(0, 1).log_softmax(-1), targets, (10, 9, 8, 7, 10, 5), (3, 3, 2, 1, 0, 3))
+
+
+# modules that take more than one tensor
+CALLS = {"CTCLoss": ctc_loss}
+
+
 def lenet() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1),
@@ -244,9 +254,10 @@ class TestDropIn:
         args = ARGUMENTS.get(name, ())
         ours, theirs = getattr(pydl.nn, name)(*args), getattr(nn, name)(*args)
         x = torch.randn(2, 5, 6, 4, requires_grad=True)
-        torch.testing.assert_close(ours(x), theirs(x))
-        ours(x).square().sum().backward()
-        (expected,) = torch.autograd.grad(theirs(x).square().sum(), x)
+        call = CALLS.get(name, lambda module, x: module(x))
+        torch.testing.assert_close(call(ours, x), call(theirs, x))
+        call(ours, x).square().sum().backward()
+        (expected,) = torch.autograd.grad(call(theirs, x).square().sum(), x)
         torch.testing.assert_close(x.grad, expected)
         assert all(p.grad is not None for p in ours.parameters())
 

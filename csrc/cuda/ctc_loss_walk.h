@@ -85,7 +85,7 @@ struct RegisterHalf {
   __device__ static int width() { return kLean ? kThreads / 2 : int(blockDim.x) / 2; }
 
   __device__ RegisterHalf(const Ctc& c, const Item& item, const Path<T>& path, const int* labels, A* borders)
-      : back(path.back), x_step_(path.x_step), lse_step_(path.lse_step), row_step_(path.row_step) {
+      : back(path.back), c_(c), x_step_(path.x_step), lse_step_(path.lse_step), row_step_(path.row_step) {
     thread = int(threadIdx.x) - (back ? width() : 0);
     border_ = borders + (back ? 2 * kSlots : 0);
     if (thread == 0) border_[0] = border_[kSlots] = -INFINITY;
@@ -115,7 +115,7 @@ struct RegisterHalf {
   __device__ void start(int count, bool walked) {
     if (alive_ == 0 || count == 0) return;
     frames_left_ = count;
-    if (walked) x_ += x_step_, lse_ += lse_step_;
+    if (walked) x_ += x_step(), lse_ += lse_step();
 #pragma unroll
     for (int j = 0; j < D; ++j) {
       const T* const x = load_frame(j);
@@ -163,7 +163,7 @@ struct RegisterHalf {
         if (k < labels_) row_[k * pair_step_ + label_side()] = label_[k];
       }
     });
-    if constexpr (STORE) row_ += row_step_;
+    if constexpr (STORE) row_ += row_step();
   }
 
   // For the front half after exchange() and a barrier: log2 of the sum over its states of alpha times beta.
@@ -207,12 +207,18 @@ struct RegisterHalf {
       if (k < blanks_) *blank = to_blank + (kRowDepth > 0 ? stored_blank_[r][k] : *blank) - log2_p;
       if (k < labels_) *label = to_label + (kRowDepth > 0 ? stored_label_[r][k] : *label) - log2_p;
     });
-    row_ += row_step_;
+    row_ += row_step();
     if constexpr (kRowDepth > 0) load_row(r);
   }
 
  private:
   __device__ int label_side() const { return back ? -1 : 1; }
+
+  __device__ int64_t x_step() const { return kLean ? (back ? -c_.x_frame : c_.x_frame) : x_step_; }
+  __device__ int64_t lse_step() const {
+    return kLean ? (lse_ == nullptr ? 0 : back ? -c_.items : c_.items) : lse_step_;
+  }
+  __device__ int64_t row_step() const { return kLean ? (back ? -c_.row_width : c_.row_width) : row_step_; }
 
   // The thread's first blank among the states of an item with so many labels.
   __device__ int state(int labels) const { return back ? 2 * (labels - thread) : 2 * thread; }
@@ -263,8 +269,8 @@ struct RegisterHalf {
     next_blank_[slot] = x[blank_offset_];
     if (lse_ != nullptr) next_lse_[slot] = *lse_;
     const bool more = --frames_left_ > 0;
-    x_ += more ? x_step_ : 0;
-    lse_ += more ? lse_step_ : 0;
+    x_ += more ? x_step() : 0;
+    lse_ += more ? lse_step() : 0;
     return x;
   }
   __device__ __forceinline__ void load_label(const T* x, int slot, int k) {
@@ -277,7 +283,7 @@ struct RegisterHalf {
       if (k < blanks_) stored_blank_[r][k] = row_ahead_[k * pair_step_];
       if (k < labels_) stored_label_[r][k] = row_ahead_[k * pair_step_ + label_side()];
     }
-    row_ahead_ += --rows_left_ > 0 ? row_step_ : 0;
+    row_ahead_ += --rows_left_ > 0 ? row_step() : 0;
   }
 
   A blank_[K], label_[K];
@@ -289,6 +295,7 @@ struct RegisterHalf {
   A* border_;
   int current_ = 0;
 
+  const Ctc& c_;
   int64_t x_step_, lse_step_, row_step_;
   const T* x_;
   const A* lse_;
