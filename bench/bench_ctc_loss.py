@@ -22,6 +22,9 @@ _MODES = ("fwd", "full")
 _TINY = _shape(4, 1, 2, 1)
 _HOST = {"cpu fwd": {"host_us": 8.0}, "cuda fwd": {"host_us": 20.0}}
 _HOST_GRAD = {"cpu fwd": {"host_us": 16.0}, "cuda fwd": {"host_us": 30.0}}
+_CALL = (
+    "four tensors are checked and nine arguments pass the dispatcher; torch's own call takes 12 us on the same machine"
+)
 
 CASES = [
     Case(
@@ -52,8 +55,8 @@ CASES = [
     Case("long-T4000-N2-C32-S600", _shape(4000, 2, 32, 600), _BOTH, _MODES),
     Case("logits-T400-N32-C64-S60", _shape(400, 32, 64, 60), _BOTH, _MODES, function="ctc_loss_from_logits"),
     Case("logits-T1000-N1-C5000-S120", _shape(1000, 1, 5000, 120), _BOTH, _MODES, function="ctc_loss_from_logits"),
-    Case("host-8", _TINY, _BOTH, ("fwd",), _HOST, host=True),
-    Case("host-8-grad", _TINY, _BOTH, ("fwd",), _HOST_GRAD, grad=True, host=True),
+    Case("host-8", _TINY, _BOTH, ("fwd",), _HOST, host=True, why_missed={"cpu fwd": _CALL}),
+    Case("host-8-grad", _TINY, _BOTH, ("fwd",), _HOST_GRAD, grad=True, host=True, why_missed={"cpu fwd": _CALL}),
 ]
 
 
