@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) > 4 ? 2 : 3) ctc_loss_bwd_
   const int lane = lane_in_warp(), warp = int(threadIdx.x) / kWarp;
   A* const tile = tiles + warp * kChunk;
   for (int i = lane; i < chunk.size; i += kWarp) tile[i] = 0;
+  __syncwarp();
   const A nll = static_cast<const A*>(g.nll)[n];
   const bool finite = !item.bad && nll > A(-INFINITY) && nll < A(INFINITY);
   const A constant = !item.bad && nll == A(INFINITY) && g.zero_infinity ? A(0) : A(NAN);
