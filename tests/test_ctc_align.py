@@ -432,10 +432,13 @@ def test_compile_with_lengths_of_the_host():
         assert_same_bits(a, b)
 
 
-def test_grad_transform_and_no_item():
+def test_transforms_and_no_item():
     x, targets = problem(9, 2, 5, 3)
     dx = torch.func.grad(lambda t: ops.ctc_forced_align(t, targets, [9, 8], [3, 2])[1].sum())(x)
     assert dx.sum() == 17
+    batch = torch.stack((x, x.flip(0)))
+    mapped = torch.func.vmap(lambda t: ops.ctc_forced_align(t, targets, [9, 8], [3, 2])[1])(batch)
+    assert_same_bits(mapped[1], ops.ctc_forced_align(batch[1], targets, [9, 8], [3, 2])[1])
     leaf = torch.zeros(4, 0, 3, requires_grad=True)
     _, scores = ops.ctc_forced_align(leaf, torch.zeros(0, 2, dtype=torch.int64), [], [])
     assert scores.shape == (0, 4)

@@ -349,6 +349,13 @@ def test_opcheck(backend):
         check_opcheck(torch.ops.pydl.ctc_beam.default, x, lengths.int(), 4, 0, 3, -INF)
 
 
+def test_vmap_of_greedy():
+    x = log_probs(3, 7, 2, 5)
+    mapped = torch.func.vmap(lambda t: ops.ctc_greedy_decode(t, [7, 4])[0])(x)
+    for one, many in zip(x, mapped, strict=True):
+        assert_same_bits(ops.ctc_greedy_decode(one, [7, 4])[0], many)
+
+
 @pytest.mark.parametrize("name", [GREEDY, BEAM])
 def test_compile(name):
     op = getattr(ops, name)

@@ -132,6 +132,12 @@ def as_targets(op: str, targets: Tensor, n: int, device: torch.device) -> Tensor
     return _to_device(targets if targets.dtype in _INTEGERS else targets.to(torch.int64), device, False)
 
 
+def may_look(x: Tensor) -> bool:
+    """Whether a composition may decide by values: on the CPU, outside of graphs and transforms."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return x.device.type == "cpu" and not traced
+
+
 def explain_bad_lengths(op: str, input_lengths: Tensor, frames: int) -> None:
     """Raises BadTargetError for the first input length outside [0, frames]; returns if there is none."""
     for n, value in enumerate(input_lengths.tolist()):

@@ -20,6 +20,7 @@ from pydl.ops._ctc_arguments import (
     batched,
     check_blank,
     explain_bad_targets,
+    may_look,
 )
 
 __all__ = ["ctc_forced_align"]
@@ -76,7 +77,7 @@ def ctc_forced_align(
     longest = _longest(targets, target_lengths)
     if decision.backend == "torch":
         scores, alignment = _torch(x, targets, frames, lengths, blank, longest)
-        if not x.is_cuda and not torch.compiler.is_compiling() and _failed(alignment, targets, frames, lengths):
+        if may_look(x) and _failed(alignment, targets, frames, lengths):
             _explain(x, targets, frames, lengths, blank, _torch)
     else:
         try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pydl.backend import Family, choose
 from pydl.ops._contract import Op
-from pydl.ops._ctc_arguments import Lengths, as_lengths, batched, check_blank, explain_bad_lengths
+from pydl.ops._ctc_arguments import Lengths, as_lengths, batched, check_blank, explain_bad_lengths, may_look
 
 __all__ = ["ctc_beam_search", "ctc_greedy_decode"]
 
@@ -148,7 +148,7 @@ def _torch_greedy(x: Tensor, frames: Tensor | None, blank: int) -> _Found:
     count, items = acc.shape[:2]
     if frames is None:
         frames = torch.full((items,), count, device=x.device)
-    elif not x.is_cuda and not torch.compiler.is_compiling():
+    elif may_look(x):
         explain_bad_lengths("ctc_greedy_decode", frames, count)
     bad = (frames < 0) | (frames > count)
     best = acc.argmax(2)
