@@ -308,7 +308,6 @@ def test_raw_greedy_refuses_what_it_cannot_read(backend):
             (x.long(), two, 0),
             (x, two[:1], 0),
             (x, two.float(), 0),
-            (x, two[None], 0),
             (x, two, 3),
             (x, two, -1),
             (x[..., :0], two, 0),

@@ -111,7 +111,7 @@ void ctc_greedy_items(const CtcGreedy& a, int64_t begin, int64_t end) {
 }  // namespace pydl
 
 #if PYDL_ISA_LEVEL == 0
-#include "cpu/ctc_arguments.h"
+#include "cpu/ctc_batch.h"
 
 namespace pydl {
 
@@ -119,8 +119,6 @@ PYDL_CPU_DECLARE(void, ctc_greedy_frames, const CtcGreedy&, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, ctc_greedy_items, const CtcGreedy&, int64_t, int64_t)
 
 namespace {
-
-using namespace host;
 
 std::tuple<Tensor, Tensor, Tensor> ctc_greedy(const Tensor& x, const std::optional<Tensor>& input_lengths,
                                               int64_t blank) {

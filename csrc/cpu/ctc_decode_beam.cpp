@@ -62,15 +62,13 @@ int64_t ctc_classes_above(const CtcFrame& frame, int64_t begin, int64_t end, dou
 #include <cmath>
 #include <limits>
 
-#include "cpu/ctc_arguments.h"
+#include "cpu/ctc_batch.h"
 
 namespace pydl {
 
 PYDL_CPU_DECLARE(int64_t, ctc_classes_above, const CtcFrame&, int64_t, int64_t, double, CtcClass*)
 
 namespace {
-
-using namespace host;
 
 constexpr double kNever = -std::numeric_limits<double>::infinity();
 

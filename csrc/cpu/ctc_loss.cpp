@@ -231,7 +231,7 @@ void check_call(const CtcBatch& batch, int64_t max_length, int64_t reduction) {
 
 Tensor ctc_loss_value(const Tensor& x, const Tensor& targets, const Tensor& input_lengths, const Tensor& target_lengths,
                       int64_t blank, int64_t max_length, bool logits, bool zero_infinity, int64_t reduction) {
-  const CtcBatch batch(x, targets, input_lengths, target_lengths, blank, logits);
+  const CtcBatch batch("ctc_loss", x, targets, input_lengths, target_lengths, blank, logits);
   check_call(batch, max_length, reduction);
   Output nll = empty(&batch.input().items, 1, batch.compute());
   Forward(batch, nll, nullptr, nullptr).run();
@@ -243,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ctc_loss_fwd(const Tensor& x,
                                                                 const Tensor& target_lengths, int64_t blank,
                                                                 int64_t max_length, bool logits, bool zero_infinity,
                                                                 int64_t reduction) {
-  const CtcBatch batch(x, targets, input_lengths, target_lengths, blank, logits);
+  const CtcBatch batch("ctc_loss", x, targets, input_lengths, target_lengths, blank, logits);
   check_call(batch, max_length, reduction);
   const CtcInput& input = batch.input();
   const int64_t states = input.frames * batch.row_width(), positions = batch.positions(), none = 0;

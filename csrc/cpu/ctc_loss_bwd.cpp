@@ -3,7 +3,7 @@
 // target's order, so results are the same on every run.
 
 #include "common/vec_math.h"
-#include "cpu/ctc_loss.h"
+#include "cpu/ctc_batch.h"
 
 namespace pydl {
 
@@ -127,7 +127,7 @@ void check_size(const Array& array, const char* name, Dtype dtype, int64_t numel
 Tensor ctc_loss_bwd(const Tensor& dloss, const Tensor& x, const Tensor& targets, const Tensor& input_lengths,
                     const Tensor& target_lengths, const Tensor& nll, const Tensor& rows, const Tensor& lse,
                     const Tensor& /*chain*/, int64_t blank, bool logits, bool zero_infinity, int64_t reduction) {
-  const CtcBatch batch(x, targets, input_lengths, target_lengths, blank, logits);
+  const CtcBatch batch("ctc_loss", x, targets, input_lengths, target_lengths, blank, logits);
   const CtcInput& input = batch.input();
   const Dtype compute = batch.compute();
   const Tensor held[3] = {as_contiguous(nll), as_contiguous(rows), as_contiguous(lse)};

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/vec_math.h"
-#include "cpu/ctc_loss.h"
+#include "cpu/ctc_batch.h"
 
 namespace pydl {
 

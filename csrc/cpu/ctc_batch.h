@@ -1,4 +1,4 @@
-// What the files of the CTC loss share: items of a batch, and on the host the arguments, checked.
+// What the CTC ops share: items of a batch, and on the host the arguments, checked.
 #pragma once
 
 #include <stdint.h>
@@ -39,8 +39,8 @@ using namespace host;
 // Integers of a tensor, int32 or int64 by its dtype.
 class Integers {
  public:
-  Integers(const Tensor& t, const char* name) : tensor_(as_contiguous(t)), array_(tensor_) {
-    STD_TORCH_CHECK(array_.dtype == Dtype::kInt32 || array_.dtype == Dtype::kInt64, "ctc_loss: ", name,
+  Integers(const char* op, const char* name, const Tensor& t) : tensor_(as_contiguous(t)), array_(tensor_) {
+    STD_TORCH_CHECK(array_.dtype == Dtype::kInt32 || array_.dtype == Dtype::kInt64, op, ": ", name,
                     " must be int32 or int64, got ", name_of(array_.dtype));
   }
   const Array& array() const { return array_; }
@@ -54,28 +54,49 @@ class Integers {
   Array array_;
 };
 
-// The arguments of all three operators. Lengths and labels that would lead out of a tensor are refused here.
+inline void check_log_probs(const char* op, const Array& x, int64_t blank) {
+  STD_TORCH_CHECK(x.dim == 3 && is_floating(x.dtype), op,
+                  ": x must have 3 dimensions and be float32, float64, float16 or bfloat16");
+  STD_TORCH_CHECK(blank >= 0 && blank < x.sizes[2], op, ": blank must be in [0, ", x.sizes[2], "), got ", blank);
+}
+
+inline void check_frames(const char* op, int64_t n, int64_t frames, int64_t most) {
+  STD_TORCH_CHECK(frames >= 0 && frames <= most, op, ": item ", n, ": input length ", frames,
+                  " must be in [0, T=", most, "]");
+}
+
+// The frames of each item where there are no targets: all of them without a tensor.
+inline Sizes read_frames(const char* op, const std::optional<Tensor>& input_lengths, int64_t items, int64_t most) {
+  if (!input_lengths.has_value()) return Sizes(size_t(items), most);
+  const Integers lengths(op, "input_lengths", *input_lengths);
+  STD_TORCH_CHECK(lengths.array().numel() == items, op, ": input_lengths must have N=", items, " elements");
+  Sizes frames(static_cast<size_t>(items));
+  for (int64_t n = 0; n < items; ++n) {
+    frames[size_t(n)] = lengths[n];
+    check_frames(op, n, lengths[n], most);
+  }
+  return frames;
+}
+
+// The arguments of an operator with targets. Lengths and labels that would lead out of a tensor are refused here.
 class CtcBatch {
  public:
-  CtcBatch(const Tensor& log_probs, const Tensor& targets_in, const Tensor& input_lengths_in,
+  CtcBatch(const char* op, const Tensor& log_probs, const Tensor& targets_in, const Tensor& input_lengths_in,
            const Tensor& target_lengths_in, int64_t blank, bool logits)
-      : original_(log_probs), tensor_(log_probs) {
-    STD_TORCH_CHECK(original_.dim == 3 && is_floating(original_.dtype),
-                    "ctc_loss: x must have 3 dimensions and be float32, float64, float16 or bfloat16");
+      : op_(op), original_(log_probs), tensor_(log_probs) {
+    check_log_probs(op, original_, blank);
     if (original_.sizes[2] > 1 && original_.strides[2] != 1) tensor_ = torch::stable::contiguous(log_probs);
     const Array x(tensor_);
     input_ = {x.data, x.dtype, x.sizes[0], x.sizes[1], x.sizes[2], x.strides[0], x.strides[1], blank, logits};
-    STD_TORCH_CHECK(blank >= 0 && blank < input_.classes, "ctc_loss: blank must be in [0, ", input_.classes, "), got ",
-                    blank);
-    STD_TORCH_CHECK(input_.classes <= INT32_MAX, "ctc_loss: x must have fewer than 2^31 classes");
-    const Integers targets(targets_in, "targets");
-    const Integers input_lengths(input_lengths_in, "input_lengths");
-    const Integers target_lengths(target_lengths_in, "target_lengths");
+    STD_TORCH_CHECK(input_.classes <= INT32_MAX, op, ": x must have fewer than 2^31 classes");
+    const Integers targets(op, "targets", targets_in);
+    const Integers input_lengths(op, "input_lengths", input_lengths_in);
+    const Integers target_lengths(op, "target_lengths", target_lengths_in);
     const int64_t n = input_.items, dim = targets.array().dim;
-    STD_TORCH_CHECK(dim == 1 || (dim == 2 && targets.array().sizes[0] == n),
-                    "ctc_loss: targets must have shape [N, S] or [sum of target_lengths]");
-    STD_TORCH_CHECK(input_lengths.array().numel() == n && target_lengths.array().numel() == n,
-                    "ctc_loss: input_lengths and target_lengths must have N=", n, " elements");
+    STD_TORCH_CHECK(dim == 1 || (dim == 2 && targets.array().sizes[0] == n), op,
+                    ": targets must have shape [N, S] or [sum of target_lengths]");
+    STD_TORCH_CHECK(input_lengths.array().numel() == n && target_lengths.array().numel() == n, op,
+                    ": input_lengths and target_lengths must have N=", n, " elements");
     positions_ = targets.array().numel();
     padded_ = dim == 2 ? targets.array().sizes[1] : -1;
     read_items(targets, input_lengths, target_lengths);
@@ -109,14 +130,13 @@ class CtcBatch {
     int64_t start = 0, used = 0;
     for (int64_t n = 0; n < input_.items; ++n) {
       const int64_t frames = input_lengths[n], length = target_lengths[n];
-      STD_TORCH_CHECK(frames >= 0 && frames <= input_.frames, "ctc_loss: item ", n, ": input length ", frames,
-                      " must be in [0, T=", input_.frames, "]");
+      check_frames(op_, n, frames, input_.frames);
       if (padded_ >= 0) start = n * padded_;
-      STD_TORCH_CHECK(length >= 0 && length <= (padded_ >= 0 ? limit : limit - start), "ctc_loss: item ", n,
+      STD_TORCH_CHECK(length >= 0 && length <= (padded_ >= 0 ? limit : limit - start), op_, ": item ", n,
                       ": target length ", length, " does not fit targets");
       for (int64_t i = start; i < start + length; ++i) {
         const int64_t label = targets[i];
-        STD_TORCH_CHECK(label >= 0 && label < input_.classes && label != input_.blank, "ctc_loss: item ", n, ": label ",
+        STD_TORCH_CHECK(label >= 0 && label < input_.classes && label != input_.blank, op_, ": item ", n, ": label ",
                         label, " must be in [0, ", input_.classes, ") and not the blank");
         labels_[size_t(i)] = int32_t(label);
       }
@@ -125,10 +145,11 @@ class CtcBatch {
       start += length;
       used += length;
     }
-    STD_TORCH_CHECK(padded_ >= 0 || used == positions_,
-                    "ctc_loss: targets must hold as many labels as target_lengths say, ", used, ", got ", positions_);
+    STD_TORCH_CHECK(padded_ >= 0 || used == positions_, op_,
+                    ": targets must hold as many labels as target_lengths say, ", used, ", got ", positions_);
   }
 
+  const char* op_;
   const Array original_;
   Tensor tensor_;
   CtcInput input_{};
