@@ -146,6 +146,7 @@ Ordered suppress(const NmsArrays& in, double threshold, std::optional<double> sc
                    at(2),
                    at(3),
                    at(4),
+                   nullptr,
                    ordered.keep.data(),
                    dtype == Dtype::kDouble ? threshold : double(float_below(threshold)),
                    dtype};

@@ -16,13 +16,14 @@ struct NmsSegment {
 
 // One call. Arrays are over positions: all boxes of the call, ordered by image, class and score.
 struct NmsJob {
-  const void* boxes;      // as the caller gave them, [rows][4] of `dtype`
+  const void* boxes;      // as the caller gave them, [rows][4] or rotated [rows][5] of `dtype`
   const int64_t* source;  // [positions], the row of a box in `boxes`
   void* x1;               // [positions] of the compute type, as the next four
   void* y1;
   void* x2;
   void* y2;
   void* area;
+  void* shapes;   // [positions], rotated boxes; then x1 to y2 are their bounding rectangles in float64
   uint8_t* keep;  // [positions]
   double threshold;
   Dtype dtype;

@@ -54,7 +54,7 @@ struct KeptGrid {
   C left = 0, top = 0, per_x = 0, per_y = 0;  // position of a centre in units of cells: (x - left) * per_x
   Rectangles<C> rows, cells, kept;
   C* reach;        // [slots]
-  int64_t* place;  // [slots], positions of the kept boxes
+  int64_t* place;  // [slots], positions of the kept boxes, -1 in lanes that are not filled
   int64_t* first;  // [cells + 1], first slot of a cell
   int64_t* used;   // [cells]
 
@@ -140,6 +140,7 @@ struct KeptGrid {
       const Vec<C> none = splat(C(__builtin_nan("")));
       C* const planes[] = {kept.x1, kept.y1, kept.x2, kept.y2, reach};
       for (C* plane : planes) store(plane + slot, none);
+      for (int lane = 0; lane < L; ++lane) place[slot + lane] = -1;
     }
     ++used[cell];
     kept.x1[slot] = boxes.x1[i];

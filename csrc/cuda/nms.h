@@ -6,7 +6,8 @@
 // it. Work is N times the number of kept boxes, memory one byte per box. Several blocks may share a segment: each
 // settles every chunk, with the same result, and tests its part of the rest; one barrier per chunk.
 //
-// A Geometry says what boxes are: its Box can be copied, and suppresses(kept, later) is the rule.
+// A Geometry says what boxes are: its Box can be copied, and suppresses(kept, later) is the rule, of which kUnroll are
+// worth having in flight.
 #pragma once
 
 #include "common/atomics.h"
@@ -100,7 +101,7 @@ __device__ void compare_chunk(const Geometry& geometry, const typename Geometry:
   typename Geometry::Box own = boxes[j];
   for (int w = part; w <= j / kWarp; w += kNmsThreads / kNmsChunk) {
     unsigned word = 0;
-#pragma unroll 4
+#pragma unroll Geometry::kUnroll
     for (int i = 0; i < kWarp; ++i) {
       int other = w * kWarp + i;
       bool comes_before = other < j && (classes == nullptr || classes[other] == classes[j]);
@@ -172,38 +173,34 @@ template <typename Geometry>
 __device__ void settle_segment(const Geometry& geometry, const NmsSegment<Geometry>& s, const NmsTeam& team) {
   using Box = typename Geometry::Box;
   PYDL_SHARED(Box, boxes, kNmsChunk);
-  PYDL_SHARED(int64_t, classes, Geometry::kClasses ? kNmsChunk : 1);
+  PYDL_SHARED(int64_t, classes, kNmsChunk);
   PYDL_SHARED(unsigned, rows, kNmsChunk* kNmsWords);
   PYDL_SHARED(int, positions, kNmsChunk);
   PYDL_SHARED(int, counts, kNmsWarps);
-  const int64_t* chunk_classes = Geometry::kClasses && s.classes != nullptr ? classes : nullptr;
   int j = int(threadIdx.x);
   int64_t next = s.begin, kept_so_far = 0;
   while (true) {
     int count = collect_chunk(s, next, positions);
     if (count == 0) return;
-    Box own{};
-    int64_t position = s.begin, own_class = 0;
+    int64_t position = s.begin + (j < count ? positions[j] : 0);
     if (j < count) {
-      position += positions[j];
-      own = s.boxes[position];
-      boxes[j] = own;
-      if (chunk_classes != nullptr) classes[j] = own_class = s.classes[position];
+      boxes[j] = s.boxes[position];
+      if (s.classes != nullptr) classes[j] = s.classes[position];
     }
     __syncthreads();
-    compare_chunk(geometry, boxes, chunk_classes, count, rows);
+    compare_chunk(geometry, boxes, s.classes == nullptr ? nullptr : classes, count, rows);
     __syncthreads();
     bool is_kept = settle_chunk(rows, count);
     int keeps;
     int slot = count_before(is_kept ? 1 : 0, counts, keeps);
-    if (is_kept) {
-      boxes[slot] = own;
-      if (chunk_classes != nullptr) classes[slot] = own_class;
+    if (is_kept) {  // read once more, rather than kept in registers all the while
+      boxes[slot] = s.boxes[position];
+      if (s.classes != nullptr) classes[slot] = s.classes[position];
     }
     __syncthreads();
     kept_so_far += keeps;
     bool done = next >= s.end || kept_so_far >= s.most;
-    if (!done) sweep_rest(geometry, s, team, next, boxes, chunk_classes, keeps);
+    if (!done) sweep_rest(geometry, s, team, next, boxes, classes, keeps);
     team.wait();
     // only now has every block of the team read which boxes of this chunk were open
     if (team.rank == 0 && j < count && !is_kept) s.gone_at(position) = 1;

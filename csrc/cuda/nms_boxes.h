@@ -40,7 +40,7 @@ __device__ C iou_of(const Corners<C>& a, const Corners<C>& b) {
 
 template <typename C>
 struct AxisBoxes {
-  static constexpr bool kClasses = true;
+  static constexpr int kUnroll = 4;
   using Box = Corners<C>;
 
   C threshold;

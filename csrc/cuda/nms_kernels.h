@@ -51,6 +51,10 @@ __global__ void __launch_bounds__(kNmsThreads, 1)
   PYDL_SHARED(int, valid, 1);
   uint16_t* index = reinterpret_cast<uint16_t*>(keys + padded);
   using Box = typename Geometry::Box;
+  // static and dynamic shared memory together: what a kernel may have without asking
+  static_assert(kNmsChunk * (sizeof(Box) + sizeof(int64_t) + sizeof(int) + kNmsWords * sizeof(unsigned)) + 512 +
+                    kNmsOneBlock * (sizeof(uint64_t) + sizeof(uint16_t)) <=
+                48 * 1024);
   int64_t first = int64_t(blockIdx.x) * call.count;
   int count = int(call.count);
   if (threadIdx.x == 0) *valid = 0;
