@@ -45,6 +45,11 @@ struct RoiSamples {
   int64_t count;
 };
 
+// Bins or pixels [low, high).
+struct RoiRange {
+  int64_t low, high;
+};
+
 // What a sample reads: pixels `low` and low + 1 with their weights, the second of which is 0 at the end of the map; or
 // nothing, outside [-1, length].
 struct RoiPoint {
@@ -123,15 +128,15 @@ PYDL_HOST_DEVICE inline RoiPoint roi_point(const RoiAxis& a, int64_t bin, double
 // Calls emit(pixel, weight) for the pixels under some samples of a bin: ascending, each once, none with weight 0.
 template <typename F>
 PYDL_HOST_DEVICE inline void roi_taps(const RoiAxis& a, int64_t bin, RoiSamples samples, F emit) {
-  const double share = roi_pitch(a) > 0 ? 1 / a.samples : 1;
+  const double count = roi_pitch(a) > 0 ? a.samples : 1;
   int64_t low = -2;  // the last two pixels, whose weights may still grow
   double at_low = 0, at_high = 0;
   const auto flush = [&](int64_t next) {
-    if (at_low != 0) emit(low, at_low * share);
+    if (at_low != 0) emit(low, at_low / count);
     if (next == low + 1) {
       at_low = at_high;
     } else {
-      if (at_high != 0) emit(low + 1, at_high * share);
+      if (at_high != 0) emit(low + 1, at_high / count);
       at_low = 0;
     }
     low = next;
@@ -146,6 +151,45 @@ PYDL_HOST_DEVICE inline void roi_taps(const RoiAxis& a, int64_t bin, RoiSamples 
   }
   flush(-4);
 }
+
+// The weight of one pixel in a bin, as roi_taps gives it.
+PYDL_HOST_DEVICE inline double roi_weight(const RoiAxis& a, int64_t bin, int64_t pixel) {
+  const RoiSamples samples = roi_samples(a, bin, double(pixel - 1), double(pixel + 1));
+  double weight = 0;
+  for (int64_t i = 0; i < samples.count; ++i) {
+    const RoiPoint p = roi_point(a, bin, samples.first + double(i));
+    if (!p.inside) continue;
+    if (p.low == pixel) weight += p.at_low;
+    if (p.low + 1 == pixel) weight += p.at_high;
+  }
+  return roi_pitch(a) > 0 ? weight / a.samples : weight;
+}
+
+// Bins [low, high) that may read a pixel.
+PYDL_HOST_DEVICE inline RoiRange roi_bins_over(const RoiAxis& a, int64_t pixel) {
+  if (!(a.samples >= 1)) return {0, 0};
+  if (!(a.step < 0 || a.step > 0)) return {0, a.bins};
+  constexpr double kSlack = 1e-9;  // bins: no sample lies so near to the edge of its bin that rounding takes it across
+  const double one = (double(pixel - 1) - a.start) / a.step, other = (double(pixel + 1) - a.start) / a.step;
+  const double first = roi_floor((one < other ? one : other) - kSlack);
+  const double last = roi_floor((one < other ? other : one) + kSlack) + 1;
+  const double most = double(a.bins);
+  return {first > 0 ? int64_t(first < most ? first : most) : 0, last > 0 ? int64_t(last < most ? last : most) : 0};
+}
+
+// Pixels [low, high) that a box may read.
+PYDL_HOST_DEVICE inline RoiRange roi_pixels_under(const RoiAxis& a) {
+  if (a.start != a.start) return {0, 1};
+  const double end = a.start + double(a.bins) * a.step;
+  const double low = a.start < end ? a.start : end, high = a.start < end ? end : a.start;
+  if (!(a.samples >= 1) || high < -1 || low > double(a.length)) return {0, 0};
+  const int64_t first = low > 0 ? int64_t(low) : 0,
+                last = high > 0 && high < double(a.length) ? int64_t(high) + 2 : a.length;
+  return {first < a.length ? first : a.length - 1, high > 0 ? (last < a.length ? last : a.length) : 1};
+}
+
+// A bin without samples, which has no mean.
+PYDL_HOST_DEVICE inline bool roi_undefined(const RoiAxis& a) { return a.samples == 0; }
 
 }  // namespace
 }  // namespace pydl

@@ -74,7 +74,7 @@ bool sum_rows(const RoiSpread<C>& spread, const T* x, int64_t width, RoiTaps<C> 
 
 // Asks for the rows of the next plane: they lie far from each other, so that no prefetcher would.
 template <class T, class C>
-void prefetch(const RoiSpread<C>& spread, RoiSpan rows, const T* x, int64_t width) {
+void prefetch(const RoiSpread<C>& spread, RoiRange rows, const T* x, int64_t width) {
   for (int64_t row = rows.low; row < rows.high; ++row) {
     const T* from = x + row * width + spread.left;
     for (int64_t i = 0; i < spread.readable; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);

@@ -16,14 +16,10 @@ struct RoiTap {
   C weight;
 };
 
-// Pixels [low, high) of an axis that a box reads.
-struct RoiSpan {
-  int64_t low, high;
-};
-
 struct RoiPlan {
   int64_t image;
-  RoiSpan rows, cols;
+  bool undefined;         // a bin without samples: 0 / 0
+  RoiRange rows, cols;    // that the box reads
   const int64_t* starts;  // of the taps of out_h rows of bins, then of out_w columns, and the end
   const void* taps;       // RoiTap of the compute type
 };
@@ -94,14 +90,27 @@ class RoiBoxes {
     }
   }
   RoiBox operator[](int64_t k) const {
-    return data_.dtype == Dtype::kDouble ? roi_box(static_cast<const double*>(data_.data), k)
-                                         : roi_box(static_cast<const float*>(data_.data), k);
+    return wide() ? roi_box(static_cast<const double*>(data_.data), k)
+                  : roi_box(static_cast<const float*>(data_.data), k);
   }
+  bool wide() const { return data_.dtype == Dtype::kDouble; }
 
  private:
   Tensor kept_;
   Array data_;
 };
+
+// Numbers of the boxes, those of image n in their order from order[start[n]] to order[start[n + 1]].
+template <class F>
+inline void sort_by_image(const RoiShape& s, const F& image_of, std::vector<int64_t>& order,
+                          std::vector<int64_t>& start) {
+  start.assign(size_t(s.batch) + 1, 0);
+  for (int64_t k = 0; k < s.rois; ++k) ++start[size_t(image_of(k)) + 1];
+  for (size_t n = 0; n < size_t(s.batch); ++n) start[n + 1] += start[n];
+  std::vector<int64_t> next(start);
+  order.resize(size_t(s.rois));
+  for (int64_t k = 0; k < s.rois; ++k) order[size_t(next[size_t(image_of(k))]++)] = k;
+}
 
 // The plans of all boxes and the memory behind them.
 class RoiPlans {
@@ -109,12 +118,7 @@ class RoiPlans {
   RoiPlans(const char* op, const RoiShape& s, const Tensor& boxes, Dtype dtype) : plans_(size_t(s.rois)) {
     const RoiBoxes all(op, s, boxes);
     host::compute_dtype(dtype) == Dtype::kDouble ? build<double>(s, all) : build<float>(s, all);
-    image_start_.assign(size_t(s.batch) + 1, 0);
-    for (const RoiPlan& plan : plans_) ++image_start_[size_t(plan.image) + 1];
-    for (size_t n = 0; n < size_t(s.batch); ++n) image_start_[n + 1] += image_start_[n];
-    std::vector<int64_t> next(image_start_);
-    order_.resize(size_t(s.rois));
-    for (int64_t k = 0; k < s.rois; ++k) order_[size_t(next[size_t(plans_[size_t(k)].image)]++)] = k;
+    sort_by_image(s, [&](int64_t k) { return plans_[size_t(k)].image; }, order_, image_start_);
   }
 
   RoiArgs args(const RoiShape& s, Dtype dtype, const void* in, void* out) const {
@@ -138,8 +142,10 @@ class RoiPlans {
         plan.image = roi_image(s, box);
         int64_t* starts = starts_.data() + k * (bins + 1);
         plan.starts = starts;
-        plan.rows = add_axis(roi_rows(s, box), taps, starts);
-        plan.cols = add_axis(roi_columns(s, box), taps, starts + s.out_h);
+        const RoiAxis rows = roi_rows(s, box), cols = roi_columns(s, box);
+        plan.undefined = roi_undefined(rows) || roi_undefined(cols);
+        plan.rows = add_axis(rows, taps, starts);
+        plan.cols = add_axis(cols, taps, starts + s.out_h);
         starts[bins] = int64_t(taps.size());
         std::vector<char>& kept = taps_[size_t(k)];
         kept.resize(taps.size() * sizeof(RoiTap<C>));
@@ -150,8 +156,8 @@ class RoiPlans {
   }
 
   template <class C>
-  static RoiSpan add_axis(const RoiAxis& axis, std::vector<RoiTap<C>>& taps, int64_t* starts) {
-    RoiSpan span{axis.length, 0};
+  static RoiRange add_axis(const RoiAxis& axis, std::vector<RoiTap<C>>& taps, int64_t* starts) {
+    RoiRange span{axis.length, 0};
     for (int64_t bin = 0; bin < axis.bins; ++bin) {
       starts[bin] = int64_t(taps.size());
       roi_taps(axis, bin, roi_samples(axis, bin, -1, double(axis.length)), [&](int64_t pixel, double weight) {

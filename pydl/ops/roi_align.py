@@ -17,7 +17,7 @@ _FAMILY = Family(
     "roi_align",
     ops=("roi_align_fwd", "roi_align_bwd"),
     order={"cpu": ("cpu",), "cuda": ("cuda",)},
-    dtypes={"cpu": FLOATS},
+    dtypes={"cpu": FLOATS, "cuda": FLOATS, "simt": FLOATS},
 )
 
 

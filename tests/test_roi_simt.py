@@ -1,0 +1,115 @@
+"""The CUDA sources of RoI pooling, run by the SIMT host runner, against the CPU kernels; also under the sanitizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from _simt import UNDER_ASAN, build_simt_library, load_simt_library, sanitizer_environment
+
+from pydl import ops  # noqa: F401  (defines the schemas of pydl_simt)
+from pydl.reference.roi_align import random_boxes
+
+CPU = torch.ops.pydl
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+if UNDER_ASAN:  # about ten times slower: bfloat16 has float16's addresses
+    DTYPES = [torch.float32, torch.float16]
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+NAN, INF = float("nan"), float("inf")
+
+# (N, C, H, W), boxes, (out_h, out_w), samples. 1, 3 and 5 channels fit no vector, 16 fit each, 48 and 130 leave blocks
+# of channels over; 9 x 33 and 1 x 70 bins need several tiles of bins and several tables of weights, 20 x 37 pixels
+# several tiles of pixels; 300 boxes are two chunks; adaptive samples of large boxes are more than a table holds.
+SHAPES = [
+    ((2, 3, 20, 37), 6, (9, 33), 2),
+    ((1, 1, 9, 70), 3, (1, 70), 1),
+    ((2, 16, 20, 37), 5, (7, 7), -1),
+    ((1, 48, 9, 8), 4, (2, 3), 2),
+    ((2, 130, 5, 6), 3, (3, 3), 2),
+    ((3, 5, 6, 5), 300, (2, 2), 1),
+    ((1, 2, 40, 90), 2, (1, 2), -1),
+]
+WILD = [
+    [0, 2, 3, 2, 3],  # empty
+    [1, 6, 5, 2, 1],  # inverted
+    [0, -30, -30, -20, -20],  # beside the map
+    [1, 1e30, 1e30, 2e30, 2e30],
+    [0, -1e30, -1e30, 1e30, 1e30],  # with more samples than integers
+    [1, NAN, 1, 5, 5],
+    [0, 1, 1, INF, 5],
+    [-1, 0, 0, 4, 4],  # images that do not exist
+    [2, 0, 0, 4, 4],
+    [1e30, 0, 0, 4, 4],
+    [NAN, 0, 0, 4, 4],
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def simt():
+    load_simt_library()
+    return torch.ops.pydl_simt
+
+
+def inputs(shape, count, layout):
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=generator).to(memory_format=layout)
+    boxes = random_boxes(np.random.default_rng(count), count, shape[0], *shape[2:])
+    return x, torch.from_numpy(boxes).float()
+
+
+def assert_near(actual, wanted, layout):
+    assert actual.dtype == wanted.dtype and actual.shape == wanted.shape
+    assert actual.is_contiguous(memory_format=layout) and wanted.is_contiguous(memory_format=layout)
+    if actual.dtype == torch.float32:
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+    else:
+        torch.testing.assert_close(actual, wanted, equal_nan=True)
+
+
+@LAYOUTS
+@pytest.mark.parametrize(("shape", "count", "size", "samples"), SHAPES, ids=str)
+def test_values_of_roi_align(simt, shape, count, size, samples, layout):
+    x, boxes = inputs(shape, count, layout)
+    for dtype in DTYPES:
+        given = x.to(dtype)
+        rules = (0.75, samples, count % 2 == 0)
+        y = simt.roi_align_fwd(given, boxes, *size, *rules)
+        assert_near(y, CPU.roi_align_fwd(given, boxes, *size, *rules), layout)
+        rest = (shape[0], *shape[2:], *rules, layout is torch.channels_last)
+        assert_near(simt.roi_align_bwd(y, boxes, *rest), CPU.roi_align_bwd(y, boxes, *rest), layout)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("samples", [-1, 2])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_values_of_wild_boxes_stay_in_memory(simt, samples, aligned, layout):
+    x = torch.ones(2, 8, 9, 13).to(memory_format=layout)
+    for dtype in (torch.float32, torch.float64):
+        boxes = torch.tensor(WILD, dtype=dtype)
+        y = simt.roi_align_fwd(x, boxes, 3, 2, 1.0, samples, aligned)
+        assert y[-6:].isnan().all()
+        dy = torch.ones_like(y)
+        dx = simt.roi_align_bwd(dy, boxes, 2, 9, 13, 1.0, samples, aligned, layout is torch.channels_last)
+        exists = (boxes[:, 0] >= 0) & (boxes[:, 0] < 2)
+        wanted = CPU.roi_align_fwd(x, boxes[exists], 3, 2, 1.0, samples, aligned)
+        assert_near(y[exists], wanted, layout)
+        rest = (2, 9, 13, 1.0, samples, aligned, layout is torch.channels_last)
+        assert_near(dx, CPU.roi_align_bwd(dy[exists], boxes[exists], *rest), layout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(UNDER_ASAN, reason="starts the sanitized process itself")
+def test_all_of_the_above_under_the_sanitizers():
+    build_simt_library(sanitize=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "values"]
+    environment = dict(sanitizer_environment(halt=True), PYDL_TEST_SIMT_ASAN="1")
+    result = subprocess.run(
+        [*command, str(Path(__file__))], env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout and os.environ.get("PYDL_TEST_SIMT_ASAN") is None
