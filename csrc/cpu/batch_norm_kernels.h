@@ -1,0 +1,66 @@
+// What the kernels of batch normalisation share: parameters in double, and the entry points that one file calls in
+// another.
+#pragma once
+
+#include "common/vec.h"
+#include "common/vec_bits.h"
+#include "cpu/batch_norm.h"
+
+namespace pydl::PYDL_ISA {
+
+// Statistics of chunks (planes: channel * chunks + chunk) into `partial`.
+void batch_norm_plane_stats(const BatchNorm& a, int64_t begin, int64_t end);
+// Mean and variance of channels from `partial`, and their coefficients.
+void batch_norm_merge(const BatchNorm& a, int64_t begin, int64_t end);
+
+// The means of channels [begin, end), which the sums of the backward need, into the coefficients.
+void batch_norm_bwd_means(const BatchNormBwd& a, int64_t begin, int64_t end);
+// Sums of chunks, numbered likewise; for rows the buffer holds two wide rows of the compute type.
+void batch_norm_bwd_sums(const BatchNormBwd& a, void* buffer, int64_t begin, int64_t end);
+// dweight, dbias and the coefficients of channels, from the partial sums, from given ones, or from none.
+void batch_norm_bwd_merge(const BatchNormBwd& a, int64_t begin, int64_t end);
+
+namespace {
+
+// Elements that are summed in vectors before their sums are added up in double.
+inline constexpr int64_t kSumBlock = 2048;
+// Channels that are widened at once.
+inline constexpr int64_t kBlock = 64;
+
+inline void widen_parameter(const Parameter& p, double absent, double* out, int64_t begin, int64_t n) {
+  if (p.data == nullptr) {
+    for (int64_t i = 0; i < n; ++i) out[i] = absent;
+    return;
+  }
+  PYDL_FLOAT_SWITCH(p.dtype,
+                    for (int64_t i = 0; i < n; ++i) out[i] = to_compute(static_cast<const T*>(p.data)[begin + i]));
+}
+
+// A wide row holds a channel several times.
+template <class C>
+inline void spread(C* table, int64_t width, int64_t channels, int64_t channel, C value) {
+  for (int64_t i = channel; i < width; i += channels) table[i] = value;
+}
+
+inline bool is_finite(double value) { return value - value == 0; }
+
+// The n values of a plane's piece: where they begin, from the number of the piece among the channel's.
+struct Piece {
+  int64_t offset, n, plane, start;
+};
+inline Piece piece_of(const Channels& s, const Cut& cut, int64_t channel, int64_t item) {
+  const int64_t o = item / cut.pieces, start = (item - o * cut.pieces) * cut.piece;
+  const int64_t plane = o * s.channels + channel;
+  return {plane * s.inner + start, smaller(cut.piece, s.inner - start), plane, start};
+}
+
+// The gradient behind the mask.
+template <bool MASK, class T, class C, class Extent>
+inline Vec<C> load_dz(const T* dy, const uint8_t* mask, int64_t i, Extent extent) {
+  const Vec<C> v = load(dy + i, extent);
+  if constexpr (MASK) return select<C>(mask_of<C>(load_bits<C>(mask, i, extent)), v, Vec<C>{});
+  return v;
+}
+
+}  // namespace
+}  // namespace pydl::PYDL_ISA

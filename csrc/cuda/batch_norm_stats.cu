@@ -1,0 +1,243 @@
+// Batch statistics. A thread takes mean and squared deviations of a few values at once, in registers, and merges them
+// with what it has (Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983): no digits are lost to
+// a large mean, and no data is read twice. Threads, warps and splits are merged in a fixed order.
+#include "cuda/batch_norm.h"
+
+namespace pydl {
+namespace {
+
+template <typename A>
+struct Moments {
+  A n, mean, m2;
+};
+
+template <typename A>
+__device__ __forceinline__ Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
+  if (b.n == A(0)) return a;
+  if (a.n == A(0)) return b;
+  A n = a.n + b.n, delta = b.mean - a.mean, share = b.n / n;
+  return {n, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.n * share};
+}
+
+template <int K, typename A>
+__device__ __forceinline__ Moments<A> moments_of(const A (&values)[K], A shift) {
+  A sum = 0, m2 = 0;
+#pragma unroll
+  for (int i = 0; i < K; ++i) sum += values[i] - shift;
+  A mean = sum * (A(1) / A(K));
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    A d = (values[i] - shift) - mean;
+    m2 += d * d;
+  }
+  return {A(K), mean, m2};
+}
+
+// Lane 0 gets all lanes merged, neighbours first.
+template <typename A>
+__device__ Moments<A> warp_merge(Moments<A> m) {
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    Moments<A> other{__shfl_down_sync(kFullMask, m.n, offset), __shfl_down_sync(kFullMask, m.mean, offset),
+                     __shfl_down_sync(kFullMask, m.m2, offset)};
+    m = merge(m, other);
+  }
+  return m;
+}
+
+// Thread 0 gets the block merged.
+template <typename A>
+__device__ Moments<A> block_merge(Moments<A> m) {
+  constexpr int kWarps = kNormThreads / kWarp;
+  PYDL_SHARED(A, table, 3 * kWarps);
+  m = warp_merge(m);
+  int warp = int(threadIdx.x) / kWarp;
+  if (threadIdx.x % kWarp == 0) {
+    table[3 * warp] = m.n;
+    table[3 * warp + 1] = m.mean;
+    table[3 * warp + 2] = m.m2;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kWarps; ++w) m = merge(m, {table[3 * w], table[3 * w + 1], table[3 * w + 2]});
+  }
+  return m;
+}
+
+// The first value of a channel, which all others are taken less.
+template <typename T>
+__device__ __forceinline__ acc_t<T> shift_of(const T* x, const Channels& s, int64_t c) {
+  return to_acc(x[c * s.inner]);
+}
+
+template <typename A>
+__device__ void write_final(const NormFinal& f, int64_t c, int64_t channels, A shift, const Moments<A>& m) {
+  A mean = shift + m.mean, var = m.m2 / m.n;
+  if (f.mean != nullptr) {
+    static_cast<A*>(f.mean)[c] = mean;
+    static_cast<A*>(f.var)[c] = var;
+  }
+  if (f.table == nullptr) return;
+  // what rounding took from the mean (Knuth's two-sum)
+  A part = mean - shift, rest = (shift - (mean - part)) + (m.mean - part);
+  A scale = read_parameter(f.weight, c, A(1)) / A(sqrt(var + A(f.eps)));
+  A* table = static_cast<A*>(f.table);
+  table[c] = mean;
+  table[channels + c] = scale;
+  table[2 * channels + c] = read_parameter(f.bias, c, A(0)) - rest * scale;
+}
+
+// Of one split: the end if there is no other, else into the splits' table.
+template <typename A>
+__device__ void put_moments(const NormFinal& f, A* partial, int split, int splits, int64_t c, int64_t channels, A shift,
+                            const Moments<A>& m) {
+  if (splits == 1) return write_final(f, c, channels, shift, m);
+  partial += int64_t(split) * 3 * channels + c;
+  partial[0] = m.n;
+  partial[channels] = m.mean;
+  partial[2 * channels] = m.m2;
+}
+
+// ---- kernels
+
+// One block per channel and split; a thread takes U items of V elements at once.
+template <typename T, int V, int U>
+__global__ void __launch_bounds__(kNormThreads)
+    batch_norm_plane_stats_kernel(const T* __restrict__ x, Channels s, NormSplit split, acc_t<T>* partial,
+                                  NormFinal final) {
+  using A = acc_t<T>;
+  int64_t c = blockIdx.x / split.splits;
+  int k = int(blockIdx.x % split.splits);
+  A shift = shift_of(x, s, c);
+  PlaneWalk<V> walk(s, split, k);
+  Moments<A> m{0, 0, 0};
+  for (; walk.left >= U; walk.left -= U) {
+    A values[U * V];
+#pragma unroll
+    for (int u = 0; u < U; ++u, walk.next()) {
+      load_values<V>(x + (walk.plane * s.channels + c) * s.inner + walk.at * V, values + u * V);
+    }
+    m = merge(m, moments_of(values, shift));
+  }
+  for (; walk.left > 0; --walk.left, walk.next()) {
+    A values[V];
+    load_values<V>(x + (walk.plane * s.channels + c) * s.inner + walk.at * V, values);
+    m = merge(m, moments_of(values, shift));
+  }
+  m = block_merge(m);
+  if (threadIdx.x == 0) put_moments(final, partial, k, split.splits, c, s.channels, shift, m);
+}
+
+// R rows at once join V running means.
+template <int R, int V, typename T, typename A>
+__device__ __forceinline__ void join_rows(const T* x, int64_t stride, const A (&shift)[V], A& n, A (&mean)[V],
+                                          A (&m2)[V]) {
+  A values[R][V];
+#pragma unroll
+  for (int r = 0; r < R; ++r) load_values<V>(x + r * stride, values[r]);
+  A before = n, share = A(R) / (n + A(R));
+  n += A(R);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    A column[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) column[r] = values[r][j];
+    Moments<A> m = moments_of(column, shift[j]);
+    A delta = m.mean - mean[j];
+    mean[j] += delta * share;
+    m2[j] += m.m2 + delta * delta * before * share;
+  }
+}
+
+// Blocks: x over tiles of channels, y over splits. A thread has V channels and every blockDim.y-th row.
+template <typename T, int V, int R>
+__global__ void __launch_bounds__(kNormThreads)
+    batch_norm_row_stats_kernel(const T* __restrict__ x, Channels s, NormSplit split, acc_t<T>* partial,
+                                NormFinal final) {
+  using A = acc_t<T>;
+  PYDL_SHARED(A, means, kNormThreads * V);
+  PYDL_SHARED(A, squares, kNormThreads * V);
+  PYDL_SHARED(A, counts, kNormThreads);
+  int64_t c = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  int64_t row = blockIdx.y * split.each + threadIdx.y, end = blockIdx.y * split.each + split.each;
+  end = end < s.outer ? end : s.outer;
+  A n = 0, shift[V] = {}, mean[V] = {}, m2[V] = {};
+  int64_t step = blockDim.y, stride = step * s.channels;
+  if (c < s.channels) {
+    load_values<V>(x + c, shift);
+    for (; row + (R - 1) * step < end; row += R * step) {
+      join_rows<R, V>(x + row * s.channels + c, stride, shift, n, mean, m2);
+    }
+    for (; row < end; row += step) join_rows<1, V>(x + row * s.channels + c, stride, shift, n, mean, m2);
+  }
+  int slot = int(threadIdx.y * blockDim.x + threadIdx.x);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    means[slot * V + j] = mean[j];
+    squares[slot * V + j] = m2[j];
+  }
+  counts[slot] = n;
+  __syncthreads();
+  if (threadIdx.y != 0 || c >= s.channels) return;
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    Moments<A> m{0, 0, 0};
+    for (int other = int(threadIdx.x); other < kNormThreads; other += int(blockDim.x)) {
+      m = merge(m, {counts[other], means[other * V + j], squares[other * V + j]});
+    }
+    put_moments(final, partial, int(blockIdx.y), split.splits, c + j, s.channels, shift[j], m);
+  }
+}
+
+// A warp per channel.
+template <typename T>
+__global__ void __launch_bounds__(kNormThreads)
+    batch_norm_combine_kernel(const T* __restrict__ x, Channels s, const acc_t<T>* __restrict__ partial, int splits,
+                              NormFinal final) {
+  using A = acc_t<T>;
+  int64_t c = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, channels = s.channels;
+  Moments<A> m{0, 0, 0};
+  if (c < channels) {
+    for (int k = int(threadIdx.x); k < splits; k += kWarp) {
+      const A* from = partial + int64_t(k) * 3 * channels + c;
+      m = merge(m, {from[0], from[channels], from[2 * channels]});
+    }
+  }
+  m = warp_merge(m);
+  if (threadIdx.x == 0 && c < channels) write_final(final, c, channels, shift_of(x, s, c), m);
+}
+
+// ---- launcher
+
+template <typename T, bool PACKS>
+void launch_splits(const char* op, const T* x, const Channels& s, const NormSplit& split, acc_t<T>* partial,
+                   const NormFinal& final, cudaStream_t stream) {
+  // so many elements at once that their division by a count costs little, and as many loads are under way
+  constexpr int V = PACKS ? kNormPack : 1, U = PACKS ? 2 : 8, R = PACKS ? 4 : 8;
+  if (s.rows()) {
+    const dim3 block = row_block(s.channels, V);
+    const dim3 grid(norm_grid(op, ceil_div(s.channels, int64_t(block.x) * V)), unsigned(split.splits));
+    PYDL_LAUNCH((batch_norm_row_stats_kernel<T, V, R>), grid, block, 0, stream, x, s, split, partial, final);
+  } else {
+    const unsigned grid = norm_grid(op, s.channels * split.splits);
+    PYDL_LAUNCH((batch_norm_plane_stats_kernel<T, V, U>), grid, kNormThreads, 0, stream, x, s, split, partial, final);
+  }
+  if (split.splits == 1) return;
+  const dim3 block(kWarp, kNormThreads / kWarp);
+  PYDL_LAUNCH(batch_norm_combine_kernel<T>, norm_grid(op, ceil_div(s.channels, int64_t(block.y))), block, 0, stream, x,
+              s, partial, split.splits, final);
+}
+
+}  // namespace
+
+void launch_norm_statistics(const char* op, const void* x, Dtype dtype, const Channels& shape, const NormSplit& split,
+                            void* partial, const NormFinal& final, cudaStream_t stream) {
+  PYDL_CUDA_FLOAT_SWITCH(dtype, {
+    const T* values = static_cast<const T*>(x);
+    auto* table = static_cast<acc_t<T>*>(partial);
+    split.packs ? launch_splits<T, true>(op, values, shape, split, table, final, stream)
+                : launch_splits<T, false>(op, values, shape, split, table, final, stream);
+  });
+}
+
+}  // namespace pydl
