@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import parametrize
 
-from pydl import nn
+from pydl import _fuse, nn
 
 __all__ = ["Report", "Row", "accelerate", "restore"]
 
@@ -52,7 +52,7 @@ class Report:
 
     @property
     def replaced(self) -> tuple[Row, ...]:
-        """The rows of modules whose class was changed."""
+        """The rows of modules whose class or, with ``fuse``, whose forward was changed."""
         return tuple(row for row in self.rows if row.replaced)
 
     @property
@@ -73,7 +73,7 @@ class Report:
         return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in cells)
 
 
-def accelerate(model: torch.nn.Module) -> Report:
+def accelerate(model: torch.nn.Module, fuse: bool = False) -> Report:
     """Replace the modules of a model that pydl has a drop-in for, in place.
 
     Only modules whose class is exactly torch's are replaced; their parameters, buffers, hooks, ties and names stay.
@@ -82,15 +82,21 @@ def accelerate(model: torch.nn.Module) -> Report:
 
     Args:
         model: any module; shared submodules are handled once.
+        fuse: also run batch norm, addition and relu as one call where a module's forward has them in a row. Forwards
+            are traced with torch.fx for this, which fixes their Python branches as they are now: a change of the
+            module's own attributes is noticed and the original forward runs, one of a global variable is not. Hooks and
+            training flags are asked for on each call. Copies stay fused; unpickled modules do not.
 
     Returns:
         A report, iterable by rows; ``str(report)`` is a table of what was replaced, what was kept, and why.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, or fuse is no bool.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"accelerate: argument 'model' must be a torch.nn.Module, got {type(model).__name__}")
+    if type(fuse) is not bool:
+        raise TypeError(f"accelerate: argument 'fuse' must be a bool, got {fuse!r}")
     rows = []
     for name, module, keep in _walk(model):
         kind = type(module).__name__
@@ -101,7 +107,18 @@ def accelerate(model: torch.nn.Module) -> Report:
             rows.append(Row(name, kind, True, f"pydl.nn.{kind}"))
         elif reason:
             rows.append(Row(name, kind, False, reason))
+    if fuse:
+        rows += _fused(model)
     return Report(tuple(rows))
+
+
+def _fused(model: torch.nn.Module) -> Iterator[Row]:
+    for name, module, keep in _walk(model):
+        count, reason = (0, "") if keep else _fuse.fuse(module)
+        if count:
+            reason = f"{count} x batch norm, addition and relu in one call"
+        if reason:
+            yield Row(name, type(module).__name__, count > 0, reason)
 
 
 def restore(model: torch.nn.Module) -> Report:
@@ -120,6 +137,8 @@ def restore(model: torch.nn.Module) -> Report:
         raise TypeError(f"restore: argument 'model' must be a torch.nn.Module, got {type(model).__name__}")
     rows = []
     for name, module in model.named_modules():
+        if _fuse.undo(module):
+            rows.append(Row(name, type(module).__name__, False, "its own forward again"))
         if module.__dict__.pop(_MARK, False):
             module.__class__ = next(base for base, cls in _DROP_INS.items() if cls is type(module))
             rows.append(Row(name, type(module).__name__, False, "torch's class again"))
