@@ -16,7 +16,8 @@ import pydl
 DROP_INS = [name for name in pydl.nn.__all__ if hasattr(nn, name)]
 ARGUMENTS = {"LayerNorm": ((6, 4),), "MaxPool2d": (3, 2, 1)}
 ARGUMENTS |= {name: (5,) for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")}
-SHAPES = {"BatchNorm1d": (2, 5, 24), "BatchNorm3d": (2, 5, 3, 2, 4)}
+ARGUMENTS |= {f"AvgPool{dims}d": (3, 2, 1) for dims in (1, 2, 3)}
+SHAPES = {"BatchNorm1d": (2, 5, 24), "BatchNorm3d": (2, 5, 3, 2, 4), "AvgPool1d": (2, 5, 24)}
 
 
 def ctc_loss(module: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -285,8 +285,8 @@ struct Pooled {
 Pooled max_pool_fwd(const Tensor& x_in, const PoolShape& s, bool with_indices, bool flat) {
   const Tensor x = dense_in(x_in, s.channels_last);
   const Array meta(x);
-  Pooled out{empty_pool(s, s.h.out, s.w.out, meta.dtype), std::nullopt};
-  if (with_indices) out.indices = empty_pool(s, s.h.out, s.w.out, flat ? Dtype::kInt64 : Dtype::kUInt8);
+  Pooled out{empty_pool(s, true, meta.dtype), std::nullopt};
+  if (with_indices) out.indices = empty_pool(s, true, flat ? Dtype::kInt64 : Dtype::kUInt8);
   const int64_t outputs = s.batch * s.channels * s.h.out * s.w.out;
   if (outputs == 0) return out;
   PoolFwd a{s, meta.data, out.y.data, with_indices ? out.indices->data : nullptr, nullptr, flat, meta.dtype, 0, 0};

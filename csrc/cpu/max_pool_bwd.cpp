@@ -268,7 +268,7 @@ Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t hei
   STD_TORCH_CHECK(host::is_floating(grad.dtype), op, ": dy must be float32, float64, float16 or bfloat16");
   STD_TORCH_CHECK(grad.dim == 4 && std::equal(grad.sizes, grad.sizes + 4, index.sizes), op,
                   ": dy must have the shape of indices");
-  Output dx = empty_pool(s, height, width, grad.dtype);
+  Output dx = empty_pool(s, false, grad.dtype);
   if (s.batch * s.channels == 0) return std::move(dx.tensor);
   const PoolBwd a{s, grad.data, index.data, dx.data, index.dtype == Dtype::kInt64, grad.dtype};
   constexpr int64_t kFewChannels = 8;  // fewer leave most lanes of a vector empty
@@ -291,7 +291,7 @@ Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Siz
                   " x ", meta.sizes[1], " planes as x, got ", s.batch, " x ", s.channels);
   const Tensor x = dense_in(x_in, s.channels_last), indices = dense_in(indices_in, s.channels_last);
   const Array input(x), index(indices);
-  Output y = empty_pool(s, s.h.out, s.w.out, meta.dtype);
+  Output y = empty_pool(s, true, meta.dtype);
   const PoolBwd a{s, input.data, index.data, y.data, index.dtype == Dtype::kInt64, meta.dtype};
   const int64_t items = s.batch * (s.channels_last ? s.h.out : s.channels);
   const int64_t outputs = s.w.out * (s.channels_last ? s.channels : s.h.out);

@@ -1,6 +1,6 @@
 // Max pooling forward: each thread reads its windows once, vertical neighbours share row maxima in registers, indices
 // are one byte per output. The kernels are memory-bound: the bytes are x once, y once, one offset per output.
-#include "cuda/max_pool.h"
+#include "cuda/pool.h"
 
 namespace pydl {
 namespace {
@@ -248,8 +248,8 @@ Pooled pool_forward(const char* op, const Tensor& x_in, const PoolShape& s, bool
   const DeviceGuard guard(x_in);
   const Tensor x = dense_in(x_in, s.channels_last);
   const Array meta(x);
-  Pooled out{empty_planes(guard, s, s.h.out, s.w.out, meta.dtype), std::nullopt};
-  if (with_indices) out.indices = empty_planes(guard, s, s.h.out, s.w.out, flat ? Dtype::kInt64 : Dtype::kUInt8);
+  Pooled out{empty_planes(guard, s, true, meta.dtype), std::nullopt};
+  if (with_indices) out.indices = empty_planes(guard, s, true, flat ? Dtype::kInt64 : Dtype::kUInt8);
   if (s.batch == 0 || s.channels == 0) return out;
   Forward f{meta.data, out.y.data, with_indices ? out.indices->data : nullptr, flat, pool, guard.stream(), op};
   PYDL_CUDA_FLOAT_SWITCH(meta.dtype, with_indices ? launch_forward<T, true>(f) : launch_forward<T, false>(f));

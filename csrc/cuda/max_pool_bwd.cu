@@ -1,6 +1,6 @@
 // Max pooling backward as a gather: each input element adds the gradients of the windows whose maximum it is, in the
 // order of the outputs. No atomics and no zeroing; the bytes are dy and the offsets once, dx once.
-#include "cuda/max_pool.h"
+#include "cuda/pool.h"
 
 namespace pydl {
 namespace {
@@ -230,7 +230,7 @@ Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t hei
   STD_TORCH_CHECK(host::is_floating(grad.dtype), op, ": dy must be float32, float64, float16 or bfloat16");
   STD_TORCH_CHECK(grad.dim == 4 && std::equal(grad.sizes, grad.sizes + 4, index.sizes), op,
                   ": dy must have the shape of indices");
-  Output dx = empty_planes(guard, s, height, width, grad.dtype);
+  Output dx = empty_planes(guard, s, false, grad.dtype);
   if (s.batch == 0 || s.channels == 0) return std::move(dx.tensor);
   bool flat = index.dtype == Dtype::kInt64;
   Backward b{grad.data, index.data, dx.data, flat, pool, guard.stream(), op};
@@ -251,7 +251,7 @@ Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Siz
   guard.check_same(op, "indices", indices_in);
   const Tensor x = dense_in(x_in, s.channels_last), indices = dense_in(indices_in, s.channels_last);
   const Array input(x), index(indices);
-  Output y = empty_planes(guard, s, s.h.out, s.w.out, input.dtype);
+  Output y = empty_planes(guard, s, true, input.dtype);
   if (s.batch * s.channels * s.h.out * s.w.out == 0) return std::move(y.tensor);
   bool flat = index.dtype == Dtype::kInt64;
   Backward b{input.data, index.data, y.data, flat, pool, guard.stream(), op};

@@ -1,4 +1,4 @@
-// What the forward and the backward kernels of max pooling share: geometry on the device, host-side shapes and grids.
+// What the kernels of pooling share: geometry on the device, host-side shapes and grids.
 #pragma once
 
 #include "common/cuda_host.h"
@@ -18,13 +18,14 @@ constexpr int kVectorBytes = 16;
 // o * stride - padding + tap * dilation.
 struct Axis {
   int in, out, kernel, stride, padding, dilation;
+  bool adaptive;
 };
 
-// A 4-D tensor pair: plane- or channel-minor, `channels_last` says which. Element offsets are 64-bit throughout.
+// A pair of tensors, plane- or channel-minor: `channels_last` says which. Element offsets are 64-bit throughout.
 struct Pool {
   int64_t batch;
   int channels;
-  Axis h, w;
+  Axis d, h, w;
   bool channels_last;
 };
 
@@ -82,15 +83,15 @@ inline Axis make_axis(const char* op, const PoolDim& d) {
   STD_TORCH_CHECK(d.out < int64_t(1) << 31, op, ": sizes must stay below 2^31 along each axis, got ", d.out);
   int64_t largest = std::max(d.in, d.out * d.stride) + 2 * d.padding + d.stride + d.dilation * d.kernel;
   STD_TORCH_CHECK(largest < int64_t(1) << 31, op, ": sizes must stay below 2^31 along each axis, got ", largest);
-  return {int(d.in), int(d.out), int(d.kernel), int(d.stride), int(d.padding), int(d.dilation)};
+  return {int(d.in), int(d.out), int(d.kernel), int(d.stride), int(d.padding), int(d.dilation), d.adaptive};
 }
 
 inline Pool make_pool(const char* op, const PoolShape& s) {
   STD_TORCH_CHECK(s.channels < int64_t(1) << 31, op, ": channels must be below 2^31, got ", s.channels);
-  const Pool pool{s.batch, int(s.channels), make_axis(op, s.h), make_axis(op, s.w), s.channels_last};
-  STD_TORCH_CHECK(s.h.kernel * s.w.kernel < int64_t(1) << 31, op, ": a window must have fewer than 2^31 taps, got ",
-                  s.h.kernel, " x ", s.w.kernel);
-  return pool;
+  const int64_t limit = int64_t(1) << 31, plane = s.h.kernel * s.w.kernel;
+  STD_TORCH_CHECK(plane < limit && plane * s.d.kernel < limit, op, ": a window must have fewer than 2^31 taps, got ",
+                  s.d.kernel, " x ", s.h.kernel, " x ", s.w.kernel);
+  return {s.batch, int(s.channels), make_axis(op, s.d), make_axis(op, s.h), make_axis(op, s.w), s.channels_last};
 }
 
 inline unsigned pool_grid(const char* op, int64_t items) {
@@ -99,12 +100,10 @@ inline unsigned pool_grid(const char* op, int64_t items) {
   return unsigned(blocks);
 }
 
-// An output of x's device in the layout of `s`.
-inline Output empty_planes(const DeviceGuard& guard, const PoolShape& s, int64_t h, int64_t w, Dtype dtype) {
-  const int64_t c = s.channels, sizes[4] = {s.batch, c, h, w};
-  const int64_t c1 = std::max<int64_t>(c, 1), h1 = std::max<int64_t>(h, 1), w1 = std::max<int64_t>(w, 1);
-  const int64_t last[4] = {h1 * w1 * c1, 1, w1 * c1, c1}, first[4] = {c1 * h1 * w1, h1 * w1, w1, 1};
-  return guard.empty_strided(sizes, s.channels_last ? last : first, 4, dtype);
+// A tensor of one side of the pooling, in the layout of `s`.
+inline Output empty_planes(const DeviceGuard& guard, const PoolShape& s, bool outputs, Dtype dtype) {
+  const PoolLayout layout = pool_layout(s, outputs);
+  return guard.empty_strided(layout.sizes, layout.strides, layout.dim, dtype);
 }
 
 // Kernels of 3 x 3 and 2 x 2 windows without dilation whose loops are unrolled.

@@ -1,0 +1,63 @@
+"""Average pooling modules on pydl's ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pydl.ops.avg_pool import avg_pool1d, avg_pool2d, avg_pool3d
+
+__all__ = ["AvgPool1d", "AvgPool2d", "AvgPool3d"]
+
+# torch.fx traces into modules outside torch.nn: the ops must be leaves there, as torch's are
+for _name in ("avg_pool1d", "avg_pool2d", "avg_pool3d"):
+    torch.fx.wrap(_name)
+
+
+class AvgPool1d(torch.nn.AvgPool1d):
+    """torch.nn.AvgPool1d whose forward is :func:`pydl.ops.avg_pool1d`; same arguments.
+
+    Shape: input [N, C, L] or [C, L]; output [N, C, L_out] or [C, L_out].
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Mean of each window."""
+        return avg_pool1d(input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+
+
+class AvgPool2d(torch.nn.AvgPool2d):
+    """torch.nn.AvgPool2d whose forward is :func:`pydl.ops.avg_pool2d`; same arguments.
+
+    Shape: input [N, C, H, W] or [C, H, W]; output [N, C, H_out, W_out] or [C, H_out, W_out].
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Mean of each window."""
+        return avg_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+
+
+class AvgPool3d(torch.nn.AvgPool3d):
+    """torch.nn.AvgPool3d whose forward is :func:`pydl.ops.avg_pool3d`; same arguments.
+
+    Shape: input [N, C, D, H, W] or [C, D, H, W]; output [N, C, D_out, H_out, W_out] or [C, D_out, H_out, W_out].
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Mean of each window."""
+        return avg_pool3d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )

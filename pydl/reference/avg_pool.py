@@ -1,0 +1,139 @@
+"""Average pooling over one to three dimensions in NumPy float64, from its definition: the mean of each window."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from pydl.reference._spec import Case, Spec
+
+Ints = int | Sequence[int]
+
+
+def _list(value: Ints, dims: int) -> list[int]:
+    return [value] * dims if isinstance(value, int) else [int(v) for v in value] * (dims if len(value) == 1 else 1)
+
+
+def windows(
+    size: int, kernel: int, stride: int, padding: int, ceil_mode: bool, include: bool
+) -> list[tuple[range, int]]:
+    """For each window along one axis its positions inside the input, and how many elements the mean counts."""
+    room = size + 2 * padding - kernel
+    count = (-(-room // stride) if ceil_mode else room // stride) + 1
+    found = []
+    for o in range(count):
+        start = o * stride - padding
+        if ceil_mode and start >= size:  # a last window must start inside the input or its left padding
+            break
+        inside = range(max(start, 0), min(start + kernel, size))
+        found.append((inside, min(start + kernel, size + padding) - start if include else len(inside)))
+    return found
+
+
+def _axes(x, dims, kernel_size, stride, padding, ceil_mode, include):
+    k, p = _list(kernel_size, dims), _list(padding, dims)
+    s = k if stride is None else _list(stride, dims)
+    return [windows(n, k[i], s[i], p[i], ceil_mode, include) for i, n in enumerate(x.shape[-dims:])]
+
+
+def _boxes(axes):
+    """Each output's place, the slices of its window, and the number of elements that the mean counts."""
+    for place in itertools.product(*(range(len(axis)) for axis in axes)):
+        chosen = [axis[o] for axis, o in zip(axes, place, strict=True)]
+        slices = [slice(inside.start, inside.stop) for inside, _ in chosen]
+        yield (..., *place), (..., *slices), int(np.prod([count for _, count in chosen]))
+
+
+def avg_pool(
+    dims: int,
+    x: np.ndarray,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> np.ndarray:
+    """Sum of each window of the last ``dims`` axes over its number of elements, or over divisor_override."""
+    x = np.asarray(x, dtype=np.longdouble)  # so that no order of summation in float64 is the right one
+    axes = _axes(x, dims, kernel_size, stride, padding, ceil_mode, count_include_pad)
+    y = np.zeros((*x.shape[:-dims], *(len(axis) for axis in axes)), dtype=np.longdouble)
+    for place, box, count in _boxes(axes):
+        y[place] = x[box].sum(axis=tuple(range(-dims, 0))) / (divisor_override or count)
+    return y.astype(np.float64)
+
+
+def avg_pool_grad(
+    dims: int,
+    dy: np.ndarray,
+    x: np.ndarray,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> tuple[np.ndarray]:
+    """Gradient of sum(dy * y) with respect to x: every element of a window receives dy over the divisor."""
+    axes = _axes(x, dims, kernel_size, stride, padding, ceil_mode, count_include_pad)
+    dx = np.zeros(x.shape, dtype=np.longdouble)
+    for place, box, count in _boxes(axes):
+        share = dy[place].astype(np.longdouble) / (divisor_override or count)
+        dx[box] += share.reshape(*share.shape, *([1] * dims))
+    return (dx.astype(np.float64),)
+
+
+def _reductions(dims, x, kernel_size, stride=None, *rest, **options):
+    k = _list(kernel_size, dims)
+    s = k if stride is None else _list(stride, dims)
+    return (int(np.prod([max(1, -(-a // b)) for a, b in zip(k, s, strict=True)])),)
+
+
+def _cases(dims: int) -> Iterator[Case]:
+    rng = np.random.default_rng(dims)
+    shapes: dict[int, list[tuple[int, ...]]] = {1: [(35,), (16,)], 2: [(11, 35), (8, 16)], 3: [(5, 7, 19), (4, 6, 16)]}
+    odd, even = shapes[dims]
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape)
+
+    # 9 channels: a vector and one more; odd sizes: tails and a last window that does not fit
+    yield Case("k3 s2 p1", (normal(2, 9, *odd), 3, 2, 1), layouts=True)
+    yield Case("k3 s2 p1, inside", (normal(2, 3, *odd), 3, 2, 1, False, False), second=True)
+    yield Case("k2 s2", (normal(2, 17, *even), 2))
+    yield Case("k2 s2 of odd sizes, ceil", (normal(1, 3, *odd), 2, 2, 0, True))
+    yield Case("k3 s1 p1, far from 0", (8 + normal(1, 3, *odd), 3, 1, 1))  # each input belongs to 3 ** dims windows
+    yield Case("k4 s3 p2, ceil, inside", (normal(1, 5, *odd), 4, 3, 2, True, False))
+    yield Case("k2 s3", (normal(1, 4, *odd), 2, 3))  # gaps: some inputs belong to no window
+    uneven = ((4, 1, 3)[:dims], (1, 2, 3)[:dims], (2, 0, 1)[:dims])
+    yield Case("one size per axis", (normal(1, 2, *odd), *uneven))
+    yield Case("k = input", (normal(2, 3, *even), even))
+    yield Case("one element", (normal(2, 3, *([1] * dims)), 1))
+    yield Case("k1 s2", (normal(1, 3, *odd), 1, 2))
+    yield Case("unbatched", (normal(3, *odd), 3, 2, 1))
+    yield Case("empty batch", (np.zeros((0, 3, *even)), 3, 2, 1))
+    if dims > 1:
+        yield Case("divisor_override", (normal(1, 3, *odd), 3, 2, 1, False, True, 7), second=True)
+        yield Case("negative divisor", (normal(1, 3, *odd), 2, 2, 0, True, False, -2))
+    special = normal(2, 3, *odd)
+    special[0, :, :3] = np.inf
+    special[1, ..., 4] = np.nan
+    yield Case("NaN and inf", (special, 3, 2, 1), gradients=False)
+
+
+def _spec(dims: int) -> Spec:
+    bind: Any = functools.partial
+    forward, cases = bind(avg_pool, dims), bind(_cases, dims)
+
+    def gradient(dy, *args, **kwargs):
+        return avg_pool_grad(dims, dy, *args, **kwargs)
+
+    name = f"avg_pool{dims}d"
+    return Spec(name, f"nn.functional.{name}", forward, gradient, cases, bind(_reductions, dims))
+
+
+SPECS = tuple(_spec(dims) for dims in (1, 2, 3))
