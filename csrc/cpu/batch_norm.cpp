@@ -62,11 +62,9 @@ struct Apply {
 
   template <bool ADD, Tail TAIL>
   static void planes(const BatchNorm& a, int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t plane = item / a.cut.pieces, channel = plane % a.shape.channels;
-      const int64_t of_channel = plane / a.shape.channels * a.cut.pieces + item % a.cut.pieces;
-      apply_piece<ADD, TAIL, T, C>(a, channel, piece_of(a.shape, a.cut, channel, of_channel));
-    }
+    each_plane_piece_back(a.shape, a.cut, begin, end, [&](int64_t channel, const Piece& piece) {
+      apply_piece<ADD, TAIL, T, C>(a, channel, piece);
+    });
   }
 
   template <bool ADD, Tail TAIL>
@@ -74,19 +72,18 @@ struct Apply {
     for (int64_t channel = begin; channel < end; ++channel) {
       batch_norm_plane_stats(a, channel * a.cut.chunks, (channel + 1) * a.cut.chunks);
       batch_norm_merge(a, channel, channel + 1);
-      for (int64_t item = 0; item < a.cut.items; ++item) {
-        apply_piece<ADD, TAIL, T, C>(a, channel, piece_of(a.shape, a.cut, channel, item));
-      }
+      each_piece_back(a.shape, a.cut, channel,
+                      [&](const Piece& piece) { apply_piece<ADD, TAIL, T, C>(a, channel, piece); });
     }
   }
 
   template <bool ADD, Tail TAIL>
   static void rows(const BatchNorm& a, int64_t begin, int64_t end) {
-    int64_t row = begin;
-    const int64_t full = smaller(end, a.cut.full);
-    for (; row + 4 <= full; row += 4) apply_rows<ADD, TAIL, 4, T, C>(a, row, a.cut.width);
-    for (; row < full; ++row) apply_rows<ADD, TAIL, 1, T, C>(a, row, a.cut.width);
-    if (row < end) apply_rows<ADD, TAIL, 1, T, C>(a, row, a.cut.rest);
+    // from the last to the first: what the statistics read last is in the cache
+    if (end > a.cut.full) apply_rows<ADD, TAIL, 1, T, C>(a, a.cut.full, a.cut.rest);
+    int64_t row = smaller(end, a.cut.full);
+    for (; row - 4 >= begin; row -= 4) apply_rows<ADD, TAIL, 4, T, C>(a, row - 4, a.cut.width);
+    while (row > begin) apply_rows<ADD, TAIL, 1, T, C>(a, --row, a.cut.width);
   }
 };
 
@@ -109,7 +106,7 @@ void batch_norm_channels(const BatchNorm& a, int64_t begin, int64_t end) {
   PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_TAIL(Apply<T>::template channels, a, begin, end));
 }
 
-// Pieces [begin, end) of all planes, in the order of memory.
+// Pieces [begin, end) of all planes, as they lie in memory.
 void batch_norm_planes(const BatchNorm& a, int64_t begin, int64_t end) {
   PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_TAIL(Apply<T>::template planes, a, begin, end));
 }
@@ -210,7 +207,7 @@ Forward forward(const char* op, const Dense& x, const std::optional<Tensor>& res
   a.partial = partial.get<double>();
   if (a.out_mean == nullptr) {
     PYDL_CPU_DISPATCH(batch_norm_merge)(a, 0, a.shape.channels);
-  } else if (!a.shape.rows() && a.shape.channels >= kManyChannels) {
+  } else if (by_channel(a.shape)) {
     parallel(a.shape.channels, a.shape.per_channel(),
              [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(batch_norm_channels)(a, begin, end); });
     return out;

@@ -71,8 +71,11 @@ namespace {
 
 using namespace host;
 
-// Fewer channels than this leave threads without one: then their planes are dealt out instead.
-inline constexpr int64_t kManyChannels = 32;
+// Whether a thread takes whole channels of planes, whose values are then in its cache for the second pass. Fewer than
+// 32 leave threads without one: then the planes are dealt out instead. Either way the sums are the same.
+inline bool by_channel(const Channels& s) {
+  return !s.rows() && (s.channels >= 32 || torch::stable::get_num_threads() == 1);
+}
 
 inline int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -62,27 +62,23 @@ struct Backward {
 
   template <bool TRAIN, bool MASK>
   static void planes(const BatchNormBwd& a, int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t plane = item / a.cut.pieces, channel = plane % a.shape.channels;
-      const int64_t of_channel = plane / a.shape.channels * a.cut.pieces + item % a.cut.pieces;
-      dx_piece<TRAIN, MASK, T, C>(a, channel, piece_of(a.shape, a.cut, channel, of_channel));
-    }
+    each_plane_piece_back(a.shape, a.cut, begin, end,
+                          [&](int64_t channel, const Piece& piece) { dx_piece<TRAIN, MASK, T, C>(a, channel, piece); });
   }
 
   template <bool TRAIN, bool MASK>
   static void channel(const BatchNormBwd& a, int64_t channel, int64_t) {
-    for (int64_t item = 0; item < a.cut.items; ++item) {
-      dx_piece<TRAIN, MASK, T, C>(a, channel, piece_of(a.shape, a.cut, channel, item));
-    }
+    each_piece_back(a.shape, a.cut, channel,
+                    [&](const Piece& piece) { dx_piece<TRAIN, MASK, T, C>(a, channel, piece); });
   }
 
   template <bool TRAIN, bool MASK>
   static void rows(const BatchNormBwd& a, int64_t begin, int64_t end) {
-    int64_t row = begin;
-    const int64_t full = smaller(end, a.cut.full);
-    for (; row + 4 <= full; row += 4) dx_rows<TRAIN, MASK, 4, T, C>(a, row, a.cut.width);
-    for (; row < full; ++row) dx_rows<TRAIN, MASK, 1, T, C>(a, row, a.cut.width);
-    if (row < end) dx_rows<TRAIN, MASK, 1, T, C>(a, row, a.cut.rest);
+    // from the last to the first: what the sums read last is in the cache
+    if (end > a.cut.full) dx_rows<TRAIN, MASK, 1, T, C>(a, a.cut.full, a.cut.rest);
+    int64_t row = smaller(end, a.cut.full);
+    for (; row - 4 >= begin; row -= 4) dx_rows<TRAIN, MASK, 4, T, C>(a, row - 4, a.cut.width);
+    while (row > begin) dx_rows<TRAIN, MASK, 1, T, C>(a, --row, a.cut.width);
   }
 };
 
@@ -106,7 +102,7 @@ void batch_norm_bwd_channels(const BatchNormBwd& a, int64_t begin, int64_t end) 
   }
 }
 
-// Pieces [begin, end) of all planes, in the order of memory.
+// Pieces [begin, end) of all planes, as they lie in memory.
 void batch_norm_bwd_planes(const BatchNormBwd& a, int64_t begin, int64_t end) {
   PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_MASK(Backward<T>::template planes, a, begin, end));
 }
@@ -151,7 +147,7 @@ void run_backward(BatchNormBwd& a, bool sums) {
   a.coefficients = table.get();
   a.partial = partial.get<double>();
   const int64_t channels = a.shape.channels;
-  if (sums && !a.shape.rows() && channels >= kManyChannels) {
+  if (sums && by_channel(a.shape)) {
     parallel(channels, 2 * a.shape.per_channel(),
              [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(batch_norm_bwd_channels)(a, begin, end); });
     return;

@@ -22,8 +22,7 @@ void plane_sums(const BatchNormBwd& a, int64_t channel, int64_t chunk) {
     for (int slot = 0; slot < 4; ++slot) t[slot] = p[slot] = Vec<C>{};
     held = 0;
   };
-  for (int64_t item = first; item < last; ++item) {
-    const Piece piece = piece_of(a.shape, cut, channel, item);
+  each_piece(a.shape, cut, channel, first, last, [&](const Piece& piece) {
     for (int64_t start = 0; start < piece.n; start += kSumBlock) {
       const T* x = static_cast<const T*>(a.x) + piece.offset + start;
       const T* dy = static_cast<const T*>(a.dy) + piece.offset + start;
@@ -38,7 +37,7 @@ void plane_sums(const BatchNormBwd& a, int64_t channel, int64_t chunk) {
       held += n;
       if (held >= kSumBlock) flush();
     }
-  }
+  });
   flush();
   double* out = a.partial + (channel * cut.chunks + chunk) * 2;
   out[0] = total;
@@ -89,7 +88,7 @@ void row_sums(const BatchNormBwd& a, int64_t chunk, C* buffer) {
   } else {
     int64_t row = chunk * cut.chunk_rows;
     const int64_t last = smaller(row + cut.chunk_rows, cut.full);
-    for (; row + 4 <= last; row += 4) add_rows<MASK, 4, T>(a, row, n, total, along);
+    for (; row + 8 <= last; row += 8) add_rows<MASK, 8, T>(a, row, n, total, along);
     for (; row < last; ++row) add_rows<MASK, 1, T>(a, row, n, total, along);
   }
   double* out = a.partial + chunk * 2 * cut.width;

@@ -44,14 +44,44 @@ inline void spread(C* table, int64_t width, int64_t channels, int64_t channel, C
 
 inline bool is_finite(double value) { return value - value == 0; }
 
-// The n values of a plane's piece: where they begin, from the number of the piece among the channel's.
+// The n values of a plane's piece, and where they begin.
 struct Piece {
   int64_t offset, n, plane, start;
 };
-inline Piece piece_of(const Channels& s, const Cut& cut, int64_t channel, int64_t item) {
-  const int64_t o = item / cut.pieces, start = (item - o * cut.pieces) * cut.piece;
-  const int64_t plane = o * s.channels + channel;
+inline Piece piece_of(const Channels& s, const Cut& cut, int64_t plane, int64_t k) {
+  const int64_t start = k * cut.piece;
   return {plane * s.inner + start, smaller(cut.piece, s.inner - start), plane, start};
+}
+
+// Pieces first ... last - 1 of a channel. Planes may be so small that a division for each would show.
+template <class F>
+inline void each_piece(const Channels& s, const Cut& cut, int64_t channel, int64_t first, int64_t last, F&& f) {
+  int64_t o = first / cut.pieces, k = first - o * cut.pieces;
+  for (int64_t item = first; item < last; ++item) {
+    f(piece_of(s, cut, o * s.channels + channel, k));
+    if (++k == cut.pieces) k = 0, ++o;
+  }
+}
+
+// All pieces of a channel from the last to the first: what was read last is in the cache.
+template <class F>
+inline void each_piece_back(const Channels& s, const Cut& cut, int64_t channel, F&& f) {
+  for (int64_t o = s.outer; o-- > 0;) {
+    for (int64_t k = cut.pieces; k-- > 0;) f(piece_of(s, cut, o * s.channels + channel, k));
+  }
+}
+
+// Pieces begin ... end - 1 of all planes as they lie in memory, from the last to the first.
+template <class F>
+inline void each_plane_piece_back(const Channels& s, const Cut& cut, int64_t begin, int64_t end, F&& f) {
+  int64_t plane = (end - 1) / cut.pieces, k = end - 1 - plane * cut.pieces, channel = plane % s.channels;
+  for (int64_t item = end; item-- > begin;) {
+    f(channel, piece_of(s, cut, plane, k));
+    if (k-- > 0) continue;
+    k = cut.pieces - 1;
+    --plane;
+    channel = (channel == 0 ? s.channels : channel) - 1;
+  }
 }
 
 // The gradient behind the mask.

@@ -23,10 +23,8 @@ struct PlaneChunk {
 
   template <class F>
   void each(F&& f) const {
-    for (int64_t item = first; item < last; ++item) {
-      const Piece piece = piece_of(a.shape, a.cut, channel, item);
-      f(static_cast<const T*>(a.x) + piece.offset, piece.n);
-    }
+    each_piece(a.shape, a.cut, channel, first, last,
+               [&](const Piece& piece) { f(static_cast<const T*>(a.x) + piece.offset, piece.n); });
   }
 };
 
@@ -88,7 +86,9 @@ Moments moments_in_double(const PlaneChunk<T, C>& chunk) {
 
 template <class T, class C>
 Moments plane_moments(const PlaneChunk<T, C>& chunk) {
-  const Piece head = piece_of(chunk.a.shape, chunk.a.cut, chunk.channel, chunk.first);
+  const Channels& shape = chunk.a.shape;
+  const int64_t o = chunk.first / chunk.a.cut.pieces, k = chunk.first % chunk.a.cut.pieces;
+  const Piece head = piece_of(shape, chunk.a.cut, o * shape.channels + chunk.channel, k);
   const T* x = static_cast<const T*>(chunk.a.x) + head.offset;
   const int64_t n = smaller(head.n, 4 * kLanes<C>);
   Vec<C> first[4] = {};
