@@ -146,14 +146,15 @@ __global__ void __launch_bounds__(kNormThreads)
     alongs[slot * V + j] = along[j];
   }
   __syncthreads();
-  if (threadIdx.y != 0 || c >= s.channels) return;
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
+  // one thread for each channel of the tile
+  int width = int(blockDim.x) * V;
+  int64_t begin = int64_t(blockIdx.x) * width;
+  for (int t = slot; t < width && begin + t < s.channels; t += kNormThreads) {
     Pair<A> sums{0, 0};
-    for (int other = int(threadIdx.x); other < kNormThreads; other += int(blockDim.x)) {
-      sums = {sums.total + totals[other * V + j], sums.along + alongs[other * V + j]};
+    for (int y = 0; y < int(blockDim.y); ++y) {
+      sums = {sums.total + totals[y * width + t], sums.along + alongs[y * width + t]};
     }
-    put_sums(final, partial, int(blockIdx.y), split.splits, c + j, s, sums);
+    put_sums(final, partial, int(blockIdx.y), split.splits, begin + t, s, sums);
   }
 }
 

@@ -178,14 +178,17 @@ __global__ void __launch_bounds__(kNormThreads)
   }
   counts[slot] = n;
   __syncthreads();
-  if (threadIdx.y != 0 || c >= s.channels) return;
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
+  // one thread for each channel of the tile
+  int width = int(blockDim.x) * V;
+  int64_t begin = int64_t(blockIdx.x) * width;
+  for (int t = slot; t < width && begin + t < s.channels; t += kNormThreads) {
     Moments<A> m{0, 0, 0};
-    for (int other = int(threadIdx.x); other < kNormThreads; other += int(blockDim.x)) {
-      m = merge(m, {counts[other], means[other * V + j], squares[other * V + j]});
+    for (int y = 0; y < int(blockDim.y); ++y) {
+      int other = y * width + t;
+      m = merge(m, {counts[other / V], means[other], squares[other]});
     }
-    put_moments(final, partial, int(blockIdx.y), split.splits, c + j, s.channels, shift[j], m);
+    int64_t channel = begin + t;
+    put_moments(final, partial, int(blockIdx.y), split.splits, channel, s.channels, shift_of(x, s, channel), m);
   }
 }
 
@@ -213,7 +216,7 @@ template <typename T, bool PACKS>
 void launch_splits(const char* op, const T* x, const Channels& s, const NormSplit& split, acc_t<T>* partial,
                    const NormFinal& final, cudaStream_t stream) {
   // so many elements at once that their division by a count costs little, and as many loads are under way
-  constexpr int V = PACKS ? kNormPack : 1, U = PACKS ? 2 : 8, R = PACKS ? 4 : 8;
+  constexpr int V = PACKS ? kNormPack : 1, U = PACKS ? 2 : 8, R = !PACKS ? 8 : sizeof(T) == 2 ? 4 : 2;
   if (s.rows()) {
     const dim3 block = row_block(s.channels, V);
     const dim3 grid(norm_grid(op, ceil_div(s.channels, int64_t(block.x) * V)), unsigned(split.splits));
