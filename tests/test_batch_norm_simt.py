@@ -1,10 +1,15 @@
-"""The CUDA sources of batch normalisation, run by the SIMT host runner: every kernel variant."""
+"""The CUDA sources of batch normalisation, run by the SIMT host runner: every kernel variant, also when sanitized."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from _simt import UNDER_ASAN, load_simt_library
+from _simt import UNDER_ASAN, build_simt_library, load_simt_library, sanitizer_environment
 
 from pydl.ops.batch_norm import torch_batch_norm_act
 
@@ -101,3 +106,16 @@ def test_values_of_float64_statistics_beside_float32_values(simt):
     x = (mean.view(1, 2, 1) + 0.01 * torch.randn(4, 2, 8)).float()
     y, _ = simt.batch_norm_eval(x, mean, torch.full_like(mean, 1e-4), None, None, None, False, 0.0, False)
     torch.testing.assert_close(y.double(), (x.double() - mean.view(1, 2, 1)) * 100, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(UNDER_ASAN, reason="starts the sanitized process itself")
+def test_all_of_the_above_under_the_sanitizers():
+    build_simt_library(sanitize=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "values"]
+    environment = dict(sanitizer_environment(halt=True), PYDL_TEST_SIMT_ASAN="1")
+    result = subprocess.run(
+        [*command, str(Path(__file__))], env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout and os.environ.get("PYDL_TEST_SIMT_ASAN") is None
