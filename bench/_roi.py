@@ -25,6 +25,24 @@ def proposals(
     return torch.cat([image, center - half, center + half], 1)
 
 
+def grid_of_samples(rows: Tensor, input: Tensor, bins: int, sampling: int, aligned: bool) -> tuple[Tensor, Tensor]:
+    """Places of all samples of boxes [K, 4] in F.grid_sample's coordinates, and which lie on the map.
+
+    [K, y, x, 2] and [K, y, x] with bins * sampling places along each axis, ordered by bin.
+    """
+    rows = rows - 0.5 if aligned else rows
+    size = rows[:, 2:] - rows[:, :2]
+    if not aligned:
+        size = size.clamp(min=1)
+    steps = (torch.arange(bins * sampling, device=rows.device) + 0.5) / (bins * sampling)
+    points = rows[:, :2, None] + size[:, :, None] * steps  # [K, (x, y), bins * sampling]
+    extent = torch.tensor(input.shape[:1:-1], device=rows.device)[:, None]
+    inside = (points >= -1) & (points <= extent)
+    x, y = (2 * points / (extent - 1).clamp(min=1) - 1).to(input.dtype).unbind(1)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)
+    return grid, inside[:, 1, :, None] & inside[:, 0, None, :]
+
+
 def torchvision_op(name: str) -> Callable[..., Any] | None:
     """torchvision.ops.<name>, None where it is not installed."""
     if importlib.util.find_spec("torchvision") is None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench._case import Call, Case
-from bench._roi import proposals, torchvision_op
+from bench._roi import grid_of_samples, proposals, torchvision_op
 
 FUNCTION = "roi_align"
 
@@ -87,16 +87,10 @@ def by_grid_sample(input: Tensor, boxes: Tensor, bins: int, spatial_scale: float
     pooled = []
     for image in range(input.shape[0]):
         rows = boxes[boxes[:, 0] == image, 1:] * spatial_scale
-        size = (rows[:, 2:] - rows[:, :2]).clamp(min=1)
-        steps = (torch.arange(bins * sampling, device=boxes.device) + 0.5) / (bins * sampling)
-        points = rows[:, :2, None] + size[:, :, None] * steps  # [K, (x, y), bins * sampling]
-        extent = torch.tensor(input.shape[:1:-1], device=boxes.device)[:, None]
-        inside = (points >= -1) & (points <= extent)
-        x, y = (2 * points / (extent - 1).clamp(min=1) - 1).to(input.dtype).unbind(1)
-        grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)
+        grid, inside = grid_of_samples(rows, input, bins, sampling, False)
         grid = grid.reshape(1, -1, bins * sampling, 2)
-        mask = (inside[:, 1, :, None] & inside[:, 0, None, :]).reshape(1, 1, -1, bins * sampling)
         part = input[image : image + 1]
-        values = F.grid_sample(part, grid, padding_mode="border", align_corners=True) * mask
+        values = F.grid_sample(part, grid, padding_mode="border", align_corners=True)
+        values = values * inside.reshape(1, 1, -1, bins * sampling)
         pooled.append(F.avg_pool2d(values, sampling)[0].unflatten(1, (-1, bins)).transpose(0, 1))
     return torch.cat(pooled)[boxes[:, 0].argsort(stable=True).argsort()]

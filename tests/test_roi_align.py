@@ -16,23 +16,32 @@ from _checks import (
     check_layouts,
     check_opcheck,
 )
+from _roi import (
+    CHANNELS_LAST,
+    INF,
+    LAYOUTS,
+    NAMESPACES,
+    NO_IMAGES,
+    REFUSED_SAMPLINGS,
+    TORCH,
+    check_images_that_do_not_exist,
+    check_layout_is_kept,
+    check_lists_of_boxes,
+    check_no_gradient_of_boxes,
+    check_raw_calls,
+    check_refused,
+    check_thread_counts,
+    refused,
+    some_boxes,
+)
 
 import pydl
 from pydl import ops
 from pydl.ops import _roi_torch
-from pydl.reference.roi_align import cases, random_boxes, roi_align, roi_align_grad
+from pydl.reference.roi_align import cases, roi_align, roi_align_grad
 
 OP = "roi_align"
 CASES = {case.name: case for case in cases()}
-TORCH = ("torch",)
-NAN, INF = float("nan"), float("inf")
-NAMESPACES = {"cpu": torch.ops.pydl, "cuda": torch.ops.pydl, "simt": torch.ops.pydl_simt}
-CHANNELS_LAST = torch.channels_last
-LAYOUTS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
-
-
-def some_boxes(count, images, height, width, dtype=torch.float32, device="cpu"):
-    return torch.from_numpy(random_boxes(np.random.default_rng(3), count, images, height, width)).to(device, dtype)
 
 
 # values and gradients against the oracle
@@ -142,11 +151,7 @@ def test_gradcheck(backend, ratio, memory_format):
 
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float32))
 def test_boxes_have_no_gradient(backend):
-    x = torch.randn(1, 2, 5, 5, device=backend.device)
-    boxes = torch.tensor([[0, 1.0, 1, 4, 4]], device=backend.device, requires_grad=True)
-    assert not backend(x, boxes, 2).requires_grad
-    backend(x.requires_grad_(), boxes, 2).sum().backward()
-    assert boxes.grad is None and x.grad.sum().item() == pytest.approx(8.0)
+    check_no_gradient_of_boxes(backend, 2)
 
 
 # boxes, layouts and edge sizes
@@ -154,15 +159,7 @@ def test_boxes_have_no_gradient(backend):
 
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float32))
 def test_a_list_of_boxes_has_one_entry_for_each_image(backend):
-    x = torch.randn(3, 4, 9, 8, device=backend.device)
-    rows = some_boxes(5, 3, 9, 8, device=backend.device)
-    rows = rows[rows[:, 0].argsort(stable=True)]
-    parts = [rows[rows[:, 0] == n, 1:] for n in range(3)]
-    assert_same_bits(backend(x, parts, 3), backend(x, rows, 3))
-    assert_same_bits(backend(x, tuple(parts), (3, 3)), backend(x, rows, [3, 3]))
-    assert_same_bits(backend(x, parts[:1], 3), backend(x, rows[rows[:, 0] == 0], 3))
-    assert backend(x, [rows[:0, 1:]] * 3, 3).shape == (0, 4, 3, 3)
-    assert backend(x, [], 3).shape == (0, 4, 3, 3)
+    check_lists_of_boxes(backend, 4)
 
 
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float16))
@@ -186,22 +183,7 @@ def test_layouts(backend, dtype):
 # 1 has both layouts at once; vector widths +- 1; 130: blocks of 64 channels and a rest
 @pytest.mark.parametrize("channels", [1, 2, 3, 16, 31, 32, 33, 65, 130])
 def test_layout_is_kept(backend, channels):
-    x = torch.randn(2, channels, 7, 6, device=backend.device)
-    boxes = some_boxes(3, 2, 7, 6, device=backend.device)
-    plain = backend(x, boxes, (2, 3), 1.0, 2)
-    assert plain.is_contiguous()
-    leaf = x.clone().requires_grad_()
-    last = x.contiguous(memory_format=CHANNELS_LAST).requires_grad_()
-    y = backend(last, boxes, (2, 3), 1.0, 2)
-    if backend.name != "torch":
-        assert y.is_contiguous(memory_format=CHANNELS_LAST)
-    torch.testing.assert_close(y, plain)
-    for dy in (torch.randn(y.shape, device=x.device), torch.ones((), device=x.device).expand(y.shape)):
-        (dx,) = torch.autograd.grad(y, last, dy, retain_graph=True)
-        (expected,) = torch.autograd.grad(backend(leaf, boxes, (2, 3), 1.0, 2), leaf, dy)
-        torch.testing.assert_close(dx, expected)
-        if backend.name != "torch":
-            assert dx.is_contiguous(memory_format=CHANNELS_LAST) and expected.is_contiguous()
+    check_layout_is_kept(backend, channels, (2, 3), 1.0, 2)
 
 
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
@@ -227,75 +209,23 @@ def test_edge_sizes(backend, memory_format):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @LAYOUTS
 def test_every_thread_count_gives_the_same_bits(threads, memory_format):
-    before = torch.get_num_threads()
-    x = torch.randn(2, 70, 40, 41).contiguous(memory_format=memory_format).requires_grad_()
+    x = torch.randn(2, 70, 40, 41).contiguous(memory_format=memory_format)
     boxes = some_boxes(60, 2, 40, 41)
-
-    def run():
-        y = ops.roi_align(x, boxes, 7, 1.0, 2)
-        return y.detach(), torch.autograd.grad(y, x, torch.linspace(-1, 1, y.numel()).view(y.shape))[0]
-
-    try:
-        torch.set_num_threads(3)
-        expected = run()
-        torch.set_num_threads(threads)
-        for a, b in zip(run(), expected, strict=True):
-            assert_same_bits(a, b)
-    finally:
-        torch.set_num_threads(before)
+    check_thread_counts(threads, x, lambda t: ops.roi_align(t, boxes, 7, 1.0, 2))
 
 
 # errors
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "says"),
-    [
-        (dict(input=[1.0]), TypeError, ["input", "list"]),
-        (dict(input=torch.zeros(1, 4, 4)), RuntimeError, ["input", "[N, C, H, W]", "[1, 4, 4]"]),
-        (dict(input=torch.zeros(1, 1, 0, 4)), RuntimeError, ["input", "H, W > 0", "[1, 1, 0, 4]"]),
-        (dict(input=torch.zeros(1, 1, 4, 4, dtype=torch.int64)), RuntimeError, ["input", "floating", "int64"]),
-        (dict(boxes=3), AssertionError, ["boxes", "int"]),
-        (dict(boxes=torch.zeros(5)), AssertionError, ["boxes", "[K, 5]", "[5]"]),
-        (dict(boxes=torch.zeros(2, 4)), AssertionError, ["boxes", "[K, 5]", "[2, 4]"]),
-        (dict(boxes=[torch.zeros(2, 5)]), AssertionError, ["boxes", "[L, 4]", "[2, 5]"]),
-        (dict(boxes=[[0, 0, 1, 1]]), AssertionError, ["boxes", "[L, 4]", "list"]),
-        (dict(boxes=[torch.zeros(1, 4)] * 2), RuntimeError, ["boxes", "each of 1 images", "2"]),
-        (dict(boxes=torch.zeros(1, 5, dtype=torch.float64)), RuntimeError, ["boxes", "float32", "float64"]),
-        (dict(boxes=torch.zeros(1, 5, dtype=torch.int64)), RuntimeError, ["boxes", "dtype", "int64"]),
-        (dict(output_size=0), RuntimeError, ["output_size", "0"]),
-        (dict(output_size=(3, -1)), RuntimeError, ["output_size", "(3, -1)"]),
-        (dict(output_size=(1, 2, 3)), RuntimeError, ["output_size", "(1, 2, 3)"]),
-        (dict(output_size=2.5), TypeError, ["output_size", "2.5"]),
-        (dict(spatial_scale="1"), TypeError, ["spatial_scale", "'1'"]),
-        (dict(sampling_ratio=1.5), TypeError, ["sampling_ratio", "1.5"]),
-        (dict(sampling_ratio=2**31), RuntimeError, ["sampling_ratio", "2^31"]),
-        (dict(aligned=1), TypeError, ["aligned", "1"]),
-    ],
-    ids=lambda v: ",".join(v) if isinstance(v, (list, dict)) else "",
-)
+@refused(*REFUSED_SAMPLINGS, (dict(aligned=1), TypeError, ["aligned", "1"]))
 def test_errors(arguments, error, says):
-    arguments = {"input": torch.zeros(1, 1, 4, 4), "boxes": torch.zeros(1, 5), "output_size": 2, **arguments}
-    with pytest.raises(error) as raised:
-        ops.roi_align(**arguments)
-    assert type(raised.value) is error
-    for part in ("roi_align", *says):
-        assert part in str(raised.value)
+    check_refused(OP, arguments, error, says)
 
 
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
-@pytest.mark.parametrize("image", [-1.0, 2.0, 1e30, INF, NAN])
+@NO_IMAGES
 def test_images_that_do_not_exist(backend, image):
-    x = torch.randn(2, 3, 5, 5, device=backend.device, requires_grad=True)
-    boxes = torch.tensor([[image, 0, 0, 4, 4], [1, 0, 0, 4, 4]], device=backend.device)
-    if backend.name == "cpu":
-        with pytest.raises(RuntimeError, match=r"boxes.*images in \[0, 2\).*row 0"):
-            backend(x, boxes, 2)
-        return
-    y = backend(x, boxes, 2)
-    assert y[0].isnan().all() and y[1].isfinite().all()
-    (dx,) = torch.autograd.grad(y[1].sum(), x)
-    assert dx.isfinite().all() and not dx[0].any()
+    check_images_that_do_not_exist(backend, image, 3)
 
 
 def test_fractions_of_an_image_number_are_cut_off():
@@ -306,28 +236,24 @@ def test_fractions_of_an_image_number_are_cut_off():
 
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
 def test_raw_operators_refuse_what_they_cannot_read(backend):
-    namespace = NAMESPACES[backend.name]
     x, boxes = torch.zeros(1, 2, 4, 4, device=backend.device), torch.zeros(1, 5, device=backend.device)
     dy = torch.zeros(1, 2, 2, 2, device=backend.device)
     calls = [
-        lambda: namespace.roi_align_fwd(x[0], boxes, 2, 2, 1.0, 2, False),
-        lambda: namespace.roi_align_fwd(x.long(), boxes, 2, 2, 1.0, 2, False),
-        lambda: namespace.roi_align_fwd(x[..., :0], boxes, 2, 2, 1.0, 2, False),
-        lambda: namespace.roi_align_fwd(x, boxes[:, :4], 2, 2, 1.0, 2, False),
-        lambda: namespace.roi_align_fwd(x, boxes.half(), 2, 2, 1.0, 2, False),
-        lambda: namespace.roi_align_fwd(x, boxes, 0, 2, 1.0, 2, False),
-        lambda: namespace.roi_align_fwd(x, boxes, 2, 2**31, 1.0, 2, False),
-        lambda: namespace.roi_align_fwd(x, boxes, 2, 2, 1.0, 2**40, False),
-        lambda: namespace.roi_align_bwd(dy[0], boxes, 1, 4, 4, 1.0, 2, False, False),
-        lambda: namespace.roi_align_bwd(dy, boxes.expand(2, 5), 1, 4, 4, 1.0, 2, False, False),
-        lambda: namespace.roi_align_bwd(dy, boxes, -1, 4, 4, 1.0, 2, False, False),
-        lambda: namespace.roi_align_bwd(dy, boxes, 1, 0, 4, 1.0, 2, False, False),
-        lambda: namespace.roi_align_bwd(dy, boxes, 2**30, 2**30, 2**30, 1.0, 2, False, False),
+        ("roi_align_fwd", x[0], boxes, 2, 2, 1.0, 2, False),
+        ("roi_align_fwd", x.long(), boxes, 2, 2, 1.0, 2, False),
+        ("roi_align_fwd", x[..., :0], boxes, 2, 2, 1.0, 2, False),
+        ("roi_align_fwd", x, boxes[:, :4], 2, 2, 1.0, 2, False),
+        ("roi_align_fwd", x, boxes.half(), 2, 2, 1.0, 2, False),
+        ("roi_align_fwd", x, boxes, 0, 2, 1.0, 2, False),
+        ("roi_align_fwd", x, boxes, 2, 2**31, 1.0, 2, False),
+        ("roi_align_fwd", x, boxes, 2, 2, 1.0, 2**40, False),
+        ("roi_align_bwd", dy[0], boxes, 1, 4, 4, 1.0, 2, False, False),
+        ("roi_align_bwd", dy, boxes.expand(2, 5), 1, 4, 4, 1.0, 2, False, False),
+        ("roi_align_bwd", dy, boxes, -1, 4, 4, 1.0, 2, False, False),
+        ("roi_align_bwd", dy, boxes, 1, 0, 4, 1.0, 2, False, False),
+        ("roi_align_bwd", dy, boxes, 2**30, 2**30, 2**30, 1.0, 2, False, False),
     ]
-    with backend.use():
-        for call in calls:
-            with pytest.raises(RuntimeError):
-                call()
+    check_raw_calls(backend, calls)
 
 
 def test_a_forced_backend_that_cannot_run_says_why():

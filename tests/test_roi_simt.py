@@ -13,7 +13,7 @@ import torch
 from _simt import UNDER_ASAN, build_simt_library, load_simt_library, sanitizer_environment
 
 from pydl import ops  # noqa: F401  (defines the schemas of pydl_simt)
-from pydl.reference.roi_align import random_boxes
+from pydl.reference._roi import random_boxes
 
 CPU = torch.ops.pydl
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -84,22 +84,84 @@ def test_values_of_roi_align(simt, shape, count, size, samples, layout):
         assert_near(simt.roi_align_bwd(y, boxes, *rest), CPU.roi_align_bwd(y, boxes, *rest), layout)
 
 
+# the same, with channels of the output; 17 x 18 bins need several tables
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("shape", "count", "size", "samples"),
+    [
+        ((2, 3, 20, 37), 6, (3, 2), 2),
+        ((1, 1, 6, 7), 3, (17, 18), 1),
+        ((2, 5, 9, 13), 4, (2, 2), -1),
+        ((3, 2, 6, 5), 300, (2, 1), 1),
+    ],
+    ids=str,
+)
+def test_values_of_ps_roi_align(simt, shape, count, size, samples, layout):
+    n, c, h, w = shape
+    x, boxes = inputs((n, c * size[0] * size[1], h, w), count, layout)
+    for dtype in DTYPES:
+        given, rest = x.to(dtype), (n, h, w, 0.75, samples, layout is torch.channels_last)
+        y = simt.ps_roi_align_fwd(given, boxes, *size, 0.75, samples)
+        assert_near(y, CPU.ps_roi_align_fwd(given, boxes, *size, 0.75, samples), layout)
+        y = y.nan_to_num()
+        assert_near(simt.ps_roi_align_bwd(y, boxes, *rest), CPU.ps_roi_align_bwd(y, boxes, *rest), layout)
+
+
+@LAYOUTS
+@pytest.mark.parametrize(("shape", "count", "size", "samples"), SHAPES, ids=str)
+def test_values_of_roi_pool(simt, shape, count, size, samples, layout):
+    x, boxes = inputs(shape, count, layout)
+    x = x.mul(4).round()  # ties
+    x[x > 6], x[x < -5] = NAN, -INF
+    for dtype in DTYPES:
+        given = x.to(dtype)
+        y, argmax = simt.roi_pool_with_argmax(given, boxes, *size, 0.75)
+        wanted, positions = CPU.roi_pool_with_argmax(given, boxes, *size, 0.75)
+        assert_near(y, wanted, layout)
+        assert torch.equal(argmax, positions) and argmax.is_contiguous(memory_format=layout)
+        assert_near(simt.roi_pool_values(given, boxes, *size, 0.75), wanted, layout)
+        dy, rest = y.clamp(-9, 9), (argmax, boxes, shape[0], *shape[2:], 0.75)
+        assert_near(simt.roi_pool_bwd(dy, *rest), CPU.roi_pool_bwd(dy, *rest), layout)
+        picked = simt.roi_pool_gather(given, argmax, boxes, 0.75)
+        assert_near(picked, CPU.roi_pool_gather(given, argmax, boxes, 0.75), layout)
+
+
 @LAYOUTS
 @pytest.mark.parametrize("samples", [-1, 2])
-@pytest.mark.parametrize("aligned", [False, True])
-def test_values_of_wild_boxes_stay_in_memory(simt, samples, aligned, layout):
-    x = torch.ones(2, 8, 9, 13).to(memory_format=layout)
+@pytest.mark.parametrize("op", ["roi_align", "roi_align aligned", "ps_roi_align", "roi_pool"])
+def test_values_of_wild_boxes_stay_in_memory(simt, op, samples, layout):
+    x = torch.ones(2, 18, 9, 13).to(memory_format=layout)
+    last = layout is torch.channels_last
+
+    def run(namespace, boxes):
+        if op == "roi_pool":
+            y, argmax = namespace.roi_pool_with_argmax(x, boxes, 3, 2, 1.0)
+            return y, namespace.roi_pool_bwd(torch.ones_like(y), argmax, boxes, 2, 9, 13, 1.0)
+        name, rules = op.split()[0], (samples,) if op == "ps_roi_align" else (samples, op != "roi_align")
+        y = getattr(namespace, f"{name}_fwd")(x, boxes, 3, 2, 1.0, *rules)
+        return y, getattr(namespace, f"{name}_bwd")(torch.ones_like(y), boxes, 2, 9, 13, 1.0, *rules, last)
+
     for dtype in (torch.float32, torch.float64):
         boxes = torch.tensor(WILD, dtype=dtype)
-        y = simt.roi_align_fwd(x, boxes, 3, 2, 1.0, samples, aligned)
+        y, dx = run(simt, boxes)
         assert y[-6:].isnan().all()
-        dy = torch.ones_like(y)
-        dx = simt.roi_align_bwd(dy, boxes, 2, 9, 13, 1.0, samples, aligned, layout is torch.channels_last)
         exists = (boxes[:, 0] >= 0) & (boxes[:, 0] < 2)
-        wanted = CPU.roi_align_fwd(x, boxes[exists], 3, 2, 1.0, samples, aligned)
+        wanted, gradient = run(CPU, boxes[exists])
         assert_near(y[exists], wanted, layout)
-        rest = (2, 9, 13, 1.0, samples, aligned, layout is torch.channels_last)
-        assert_near(dx, CPU.roi_align_bwd(dy[exists], boxes[exists], *rest), layout)
+        assert_near(dx, gradient, layout)
+
+
+@LAYOUTS
+def test_values_of_wild_positions_stay_in_memory(simt, layout):
+    boxes = torch.tensor([[0, 0, 0, 12, 8], [9, 0, 0, 12, 8]])
+    for namespace in (simt, CPU):
+        given = boxes[: 2 if namespace is simt else 1].float()
+        for value in (-1, -(2**31), 9 * 13, 2**31 - 1, 0):
+            argmax = torch.full((len(given), 8, 3, 2), value, dtype=torch.int32).to(memory_format=layout)
+            dx = namespace.roi_pool_bwd(torch.ones(len(given), 8, 3, 2), argmax, given, 1, 9, 13, 1.0)
+            y = namespace.roi_pool_gather(torch.ones(1, 8, 9, 13), argmax, given, 1.0)
+            assert bool(dx.any()) == bool(y.any()) == (value == 0)
+            assert not y[1:].any()
 
 
 @pytest.mark.slow

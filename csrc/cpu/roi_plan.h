@@ -56,6 +56,14 @@ inline RoiTaps<C> taps_of(const RoiPlan& plan, int64_t bin) {
   return {all + plan.starts[bin], all + plan.starts[bin + 1]};
 }
 
+// Distances between channels and pixels of [N, channels, pixels], by layout.
+struct RoiSteps {
+  int64_t channel, pixel;
+};
+inline RoiSteps roi_steps(const RoiShape& s, int64_t channels, int64_t pixels) {
+  return s.channels_last ? RoiSteps{1, channels} : RoiSteps{pixels, 1};
+}
+
 }  // namespace
 }  // namespace PYDL_ISA
 }  // namespace pydl

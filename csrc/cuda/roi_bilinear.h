@@ -13,20 +13,6 @@ namespace {
 //   kSplit:  the same, and each bin reads channels of its own: channel c of bin b is channel c * bins + b of x
 enum class RoiMap { kPacked, kPlanes, kSplit };
 
-// Distances in elements between channels and pixels of x and y.
-struct RoiSteps {
-  int64_t x_channel, y_channel;
-  int x_pixel, y_pixel;
-};
-
-struct RoiBinTile {
-  int rows, cols;             // of bins
-  int tiles_h, tiles_w;       // of a box
-  int lanes, channel_blocks;  // channels: lanes * V in a block
-  int64_t channels;           // of y
-};
-
-constexpr int kRoiSlots = 34;   // rows and columns of bins of a tile
 constexpr int kRoiSamples = 8;  // samples of a bin and axis in the table at once; each reads two pixels
 constexpr int kRoiReads = 2 * kRoiSamples;
 
@@ -177,27 +163,10 @@ struct RoiForward {
 template <typename T, RoiMap MAP, int V>
 void launch_roi_bilinear(const RoiForward& f) {
   const RoiShape& s = f.shape;
-  const bool last = s.channels_last;
-  const int64_t pixels = s.height * s.width, bins = s.out_h * s.out_w;
-  const RoiSteps steps{last ? 1 : pixels, last ? 1 : bins, last ? int(s.channels) : 1, last ? int(f.channels) : 1};
-  RoiBinTile g{};
-  g.channels = f.channels;
-  int most = 64;  // bins of a tile
-  if (MAP == RoiMap::kPacked) {
-    g.lanes = roi_lanes(ceil_div(f.channels, int64_t(V)), kWarp);
-    most = std::min(most, kRoiThreads / g.lanes);
-  }
-  g.cols = int(std::min<int64_t>(s.out_w, std::min(most, kWarp)));
-  g.rows = int(std::min<int64_t>(s.out_h, std::min(most / g.cols, kRoiSlots - g.cols)));
-  if (MAP != RoiMap::kPacked) {
-    g.lanes = int(std::min<int64_t>(kRoiThreads / (g.rows * g.cols), ceil_div(f.channels, int64_t(V))));
-  }
-  g.tiles_h = int(ceil_div(s.out_h, int64_t(g.rows)));
-  g.tiles_w = int(ceil_div(s.out_w, int64_t(g.cols)));
-  g.channel_blocks = int(ceil_div(f.channels, int64_t(g.lanes) * V));
-  const int64_t blocks = s.rois * g.tiles_h * g.tiles_w * g.channel_blocks;
-  PYDL_LAUNCH((roi_bilinear_kernel<T, MAP, V>), roi_grid(f.op, blocks), kRoiThreads, 0, f.stream,
-              static_cast<const T*>(f.x), f.boxes, static_cast<T*>(f.y), s, g, steps, f.undefined_when_empty);
+  const RoiBinTile g = roi_bin_tile(s, f.channels, MAP == RoiMap::kPacked, V);
+  PYDL_LAUNCH((roi_bilinear_kernel<T, MAP, V>), roi_grid(f.op, roi_tiles(s, g)), kRoiThreads, 0, f.stream,
+              static_cast<const T*>(f.x), f.boxes, static_cast<T*>(f.y), s, g, roi_steps(s, f.channels),
+              f.undefined_when_empty);
 }
 
 }  // namespace

@@ -8,6 +8,12 @@
 namespace pydl {
 namespace {
 
+// The rule of bilinear pooling: the axes of a box.
+struct RoiBilinear {
+  __device__ static RoiAxis rows(const RoiShape& s, const RoiBox& box, bool) { return roi_rows(s, box); }
+  __device__ static RoiAxis columns(const RoiShape& s, const RoiBox& box, bool) { return roi_columns(s, box); }
+};
+
 struct RoiPixelTile {
   int row_bits, col_bits;     // a tile is 2^row_bits x 2^col_bits pixels
   int tiles_h, tiles_w;       // of an image
@@ -210,9 +216,6 @@ struct RoiBackward {
 template <typename T, RoiMap MAP, int V, int P>
 void launch_roi_bilinear_bwd(const RoiBackward& f) {
   const RoiShape& s = f.shape;
-  const bool last = s.channels_last;
-  const int64_t pixels = s.height * s.width, bins = s.out_h * s.out_w;
-  const RoiSteps steps{last ? 1 : pixels, last ? 1 : bins, last ? int(s.channels) : 1, last ? int(f.y_channels) : 1};
   const int64_t groups = ceil_div(s.channels, int64_t(V));
   RoiPixelTile g{};
   g.lanes = MAP == RoiMap::kPacked ? roi_lanes(groups, kWarp) : roi_lanes(groups, 2);
@@ -228,7 +231,8 @@ void launch_roi_bilinear_bwd(const RoiBackward& f) {
                          (kRoiThreads + kRoiWarps) * int64_t(sizeof(int));
   const int64_t blocks = s.batch * g.tiles_h * g.tiles_w * g.channel_blocks;
   PYDL_LAUNCH((roi_bilinear_bwd_kernel<T, MAP, V, P>), roi_grid(f.op, blocks), kRoiThreads, size_t(shared), f.stream,
-              static_cast<const T*>(f.dy), f.boxes, f.index, static_cast<T*>(f.dx), s, g, steps, f.y_channels);
+              static_cast<const T*>(f.dy), f.boxes, f.index, static_cast<T*>(f.dx), s, g, roi_steps(s, f.y_channels),
+              f.y_channels);
 }
 
 }  // namespace

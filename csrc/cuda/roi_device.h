@@ -28,12 +28,6 @@ __device__ inline RoiBox box_at(const RoiRows& rows, int64_t k) {
 
 __host__ __device__ inline int64_t roi_chunks(const RoiShape& s) { return ceil_div(s.rois, int64_t(kRoiThreads)); }
 
-// The rule of bilinear pooling: the axes of a box.
-struct RoiBilinear {
-  __device__ static RoiAxis rows(const RoiShape& s, const RoiBox& box, bool) { return roi_rows(s, box); }
-  __device__ static RoiAxis columns(const RoiShape& s, const RoiBox& box, bool) { return roi_columns(s, box); }
-};
-
 // Which image a box is on, -1 if there is none, and the pixels [low, high) that it may read.
 struct RoiBounds {
   int image, row_low, row_high, col_low, col_high;
@@ -76,6 +70,22 @@ __global__ void __launch_bounds__(kRoiThreads, 1)
   images[2 * blockIdx.x] = low;
   images[2 * blockIdx.x + 1] = high;
 }
+
+// Distances in elements between channels and pixels of x and y.
+struct RoiSteps {
+  int64_t x_channel, y_channel;
+  int x_pixel, y_pixel;
+};
+
+// How a block's threads are laid over the bins of a box and over channels.
+struct RoiBinTile {
+  int rows, cols;             // of bins
+  int tiles_h, tiles_w;       // of a box
+  int lanes, channel_blocks;  // channels: lanes * V in a block
+  int64_t channels;           // of y
+};
+
+constexpr int kRoiSlots = 34;  // rows and columns of bins of a tile
 
 // Rows and columns [low, high) of an image.
 struct RoiTile {
@@ -177,6 +187,34 @@ inline int roi_lanes(int64_t items, int most) {
     if (ceil_div(items, int64_t(lanes)) * lanes <= ceil_div(items, int64_t(best)) * best) best = lanes;
   }
   return best;
+}
+
+inline RoiSteps roi_steps(const RoiShape& s, int64_t y_channels) {
+  if (s.channels_last) return {1, 1, int(s.channels), int(y_channels)};
+  return {s.height * s.width, s.out_h * s.out_w, 1, 1};
+}
+
+// Tiles for V channels of y in a thread: neighbouring ones if `packed`, else `lanes` apart.
+inline RoiBinTile roi_bin_tile(const RoiShape& s, int64_t channels, bool packed, int v) {
+  const int64_t groups = ceil_div(channels, int64_t(v));
+  RoiBinTile g{};
+  g.channels = channels;
+  int most = 64;  // bins
+  if (packed) {
+    g.lanes = roi_lanes(groups, kWarp);
+    most = std::min(most, kRoiThreads / g.lanes);
+  }
+  g.cols = int(std::min<int64_t>(s.out_w, std::min(most, kWarp)));
+  g.rows = int(std::min<int64_t>(s.out_h, std::min(most / g.cols, kRoiSlots - g.cols)));
+  if (!packed) g.lanes = int(std::min<int64_t>(kRoiThreads / (g.rows * g.cols), groups));
+  g.tiles_h = int(ceil_div(s.out_h, int64_t(g.rows)));
+  g.tiles_w = int(ceil_div(s.out_w, int64_t(g.cols)));
+  g.channel_blocks = int(ceil_div(channels, int64_t(g.lanes) * v));
+  return g;
+}
+
+inline int64_t roi_tiles(const RoiShape& s, const RoiBinTile& g) {
+  return s.rois * g.tiles_h * g.tiles_w * g.channel_blocks;
 }
 
 }  // namespace

@@ -10,26 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pydl.reference._roi import Boxes, OutputSize, corners, pair, rows_of, sample_points
+from pydl.reference._roi import LOST, ODD, Boxes, OutputSize, bilinear_bins, most_readers, pair, random_boxes, rows_of
 from pydl.reference._spec import Case, Spec
-
-
-def _bins(x, boxes, output_size, spatial_scale, sampling_ratio, aligned):
-    """(box, image, bin row, bin column, corners of its samples, number of samples) of each bin."""
-    out_h, out_w = pair(output_size)
-    offset = 0.5 if aligned else 0.0
-    for k, (image, x1, y1, x2, y2) in enumerate(rows_of(boxes)):
-        left, top = x1 * spatial_scale - offset, y1 * spatial_scale - offset
-        width, height = x2 * spatial_scale - offset - left, y2 * spatial_scale - offset - top
-        if not aligned:
-            width, height = np.maximum(width, 1.0), np.maximum(height, 1.0)
-        rows, cols = (
-            sample_points(top, height, out_h, sampling_ratio),
-            sample_points(left, width, out_w, sampling_ratio),
-        )
-        for i, ys in enumerate(rows):
-            for j, xs in enumerate(cols):
-                yield k, int(image), i, j, corners(ys, xs, *x.shape[2:]), max(len(ys) * len(xs), 1)
 
 
 def roi_align(
@@ -42,9 +24,9 @@ def roi_align(
 ) -> np.ndarray:
     """Pools x [N, C, H, W] into [K, C, *output_size], K being the number of boxes."""
     y = np.zeros((len(rows_of(boxes)), x.shape[1], *pair(output_size)))
-    for k, image, i, j, pixels, count in _bins(x, boxes, output_size, spatial_scale, sampling_ratio, aligned):
+    for k, image, i, j, pixels, count in bilinear_bins(x, boxes, output_size, spatial_scale, sampling_ratio, aligned):
         for row, col, weight in pixels:
-            y[k, :, i, j] += weight * x[image, :, row, col] / count
+            y[k, :, i, j] += weight * x[image, :, row, col] / max(count, 1)
     return y
 
 
@@ -59,27 +41,19 @@ def roi_align_grad(
 ) -> tuple[np.ndarray]:
     """Gradient of sum(dy * y) with respect to x; boxes have none."""
     dx = np.zeros(x.shape)
-    for k, image, i, j, pixels, count in _bins(x, boxes, output_size, spatial_scale, sampling_ratio, aligned):
+    for k, image, i, j, pixels, count in bilinear_bins(x, boxes, output_size, spatial_scale, sampling_ratio, aligned):
         for row, col, weight in pixels:
-            dx[image, :, row, col] += weight * dy[k, :, i, j] / count
+            dx[image, :, row, col] += weight * dy[k, :, i, j] / max(count, 1)
     return (dx,)
 
 
 def _reductions(x, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1, aligned=False):
     """Bins that read the pixel which most of them read."""
     readers = np.zeros((x.shape[0], *x.shape[2:]))
-    for _, image, _, _, pixels, _ in _bins(x, boxes, output_size, spatial_scale, sampling_ratio, aligned):
+    for _, image, _, _, pixels, _ in bilinear_bins(x, boxes, output_size, spatial_scale, sampling_ratio, aligned):
         for row, col in {(row, col) for row, col, _ in pixels}:
             readers[image, row, col] += 1
-    return (max(1, int(readers.max(initial=0))),)
-
-
-def random_boxes(rng: np.random.Generator, count: int, images: int, height: float, width: float) -> np.ndarray:
-    """[count, 5] boxes with sides of at least a pixel that lie in the images, or hang over an edge by a little."""
-    rows = np.sort(rng.uniform(-1.0, height + 1.0, (count, 2)), axis=1)
-    cols = np.sort(rng.uniform(-1.0, width + 1.0, (count, 2)), axis=1)
-    image = rng.integers(0, images, count).astype(np.float64)
-    return np.column_stack([image, cols[:, 0], rows[:, 0], cols[:, 1] + 1, rows[:, 1] + 1])
+    return most_readers(readers)
 
 
 def cases() -> Iterator[Case]:
@@ -100,35 +74,17 @@ def cases() -> Iterator[Case]:
     yield Case("one pixel", (normal(2, 5, 1, 1), some, 3, 0.0625, 2))
     yield Case("one row", (normal(2, 5, 1, 40), some, (2, 4), 0.5))
     yield Case("crowd", (normal(1, 2, 9, 9), random_boxes(rng, 40, 1, 9, 9), 3, 1.0, 2), second=True)
-    odd = np.array(
-        [
-            [0, 3, 3, 3, 3],  # empty
-            [1, 6, 5, 2, 1],  # inverted
-            [0, 6, 1, 2, 5],  # inverted along one axis
-            [1, -30, -30, -20, -20],  # beside the map
-            [0, 100, 2, 120, 5],
-            [1, -5, -5, 40, 40],  # larger than the map
-            [0, -1, -1, 0, 0],  # up to the border
-            [1, 7, 8, 9, 10],
-            [0, 0, 0, 9, 8],  # and some over all of it, so that no pixel stands out
-            [1, 0, 0, 9, 8],
-            [0, 1, 1, 8, 7],
-            [1, 0, 1, 9, 7],
-        ],
-        dtype=np.float64,
-    )
     for aligned in (False, True):
         for ratio in (-1, 2):
             name = f"odd boxes, s{ratio}{' aligned' if aligned else ''}"
-            yield Case(name, (normal(2, 3, 8, 9), odd, 3, 1.0, ratio, aligned))
+            yield Case(name, (normal(2, 3, 8, 9), ODD, 3, 1.0, ratio, aligned))
     yield Case("no boxes", (normal(2, 3, 8, 9), np.zeros((0, 5)), 7))
     yield Case("empty batch", (np.zeros((0, 3, 8, 8)), np.zeros((0, 5)), (2, 3)))
-    yield Case("no channels", (np.zeros((1, 0, 8, 8)), odd[:1], 2))
+    yield Case("no channels", (np.zeros((1, 0, 8, 8)), ODD[:1], 2))
     special = normal(2, 3, 13, 17)
     special[0, 0, 6, 7], special[1, 1, 3, 3], special[0, 2, 9, 12] = np.nan, np.inf, -np.inf
     yield Case("NaN and inf", (special, some + 0.3 * (np.arange(5) > 0), 7, 0.25, 2), gradients=False)
-    lost = np.array([[0, np.nan, 1, 5, 5], [0, 1, 1, np.inf, 5], [0, 1, 1, 5, 5], [0, 1, -np.inf, 5, 5]])
-    yield Case("boxes of NaN and inf", (normal(1, 3, 8, 9), lost, 2, 1.0, 2), gradients=False)
+    yield Case("boxes of NaN and inf", (normal(1, 3, 8, 9), LOST, 2, 1.0, 2), gradients=False)
 
 
 _COMPOSITION = "pydl.ops._roi_torch:roi_align"
