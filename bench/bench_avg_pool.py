@@ -21,6 +21,10 @@ def _shape(*shape: int, window: tuple[int, int, int] = (3, 2, 1), last: bool = F
     return {"shape": shape, "window": window, "last": last}
 
 
+def _parts(*shape: int, size: int = 1, last: bool = False) -> dict[str, Any]:
+    return {"shape": shape, "size": size, "last": last}
+
+
 _TINY = _shape(1, 2, 2, 2, window=(2, 2, 0))
 
 CASES = [
@@ -54,6 +58,12 @@ CASES = [
     Case("3d-k2s2-2x32x16x56x56", _shape(2, 32, 16, 56, 56, window=(2, 2, 0)), function="avg_pool3d"),
     Case("3d-k3s1-2x16x8x28x28", _shape(2, 16, 8, 28, 28, window=(3, 1, 1)), function="avg_pool3d"),
     Case("3d-k3s2-2x32x16x28x28-cl", _shape(2, 32, 16, 28, 28, last=True), function="avg_pool3d"),
+    Case("adaptive1-64x512x7x7", _parts(64, 512, 7, 7), _BOTH, function="adaptive_avg_pool2d"),
+    Case("adaptive1-64x512x7x7-cl", _parts(64, 512, 7, 7, last=True), _BOTH, function="adaptive_avg_pool2d"),
+    Case("adaptive7-16x256x30x30", _parts(16, 256, 30, 30, size=7), function="adaptive_avg_pool2d"),
+    Case("adaptive7-16x256x30x30-cl", _parts(16, 256, 30, 30, size=7, last=True), function="adaptive_avg_pool2d"),
+    Case("1d-adaptive1-16x256x1000", _parts(16, 256, 1000), function="adaptive_avg_pool1d"),
+    Case("3d-adaptive1-4x256x8x7x7", _parts(4, 256, 8, 7, 7), function="adaptive_avg_pool3d"),
     Case("128x64x112x112", _shape(128, 64, 112, 112), ("cuda",), targets=_GPU, panel=True),
     Case("128x64x112x112-cl", _shape(128, 64, 112, 112, last=True), ("cuda",), targets=_GPU, panel=True),
     Case("host-8", _TINY, _BOTH, ("fwd",), _HOST, host=True),
@@ -66,14 +76,18 @@ def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generat
     x = torch.randn(*case.params["shape"], generator=generator, device=device).to(dtype)
     if case.params["last"]:
         x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    return Call((x, *case.params["window"]), {}, (x,), (4,))
+    window = (case.params["size"],) if "size" in case.params else case.params["window"]
+    return Call((x, *window), {}, (x,), (4,))
 
 
 def work(case: Case, itemsize: int) -> dict[str, tuple[int, int]]:
     """fwd: x in, y out; bwd: dy in, dx out; one addition per tap."""
     shape = case.params["shape"]
-    kernel, stride, padding = case.params["window"]
-    windows = shape[0] * shape[1] * math.prod((n + 2 * padding - kernel) // stride + 1 for n in shape[2:])
-    taps = windows * kernel ** (len(shape) - 2)
+    if "size" in case.params:
+        windows, taps = shape[0] * shape[1] * case.params["size"] ** (len(shape) - 2), math.prod(shape)
+    else:
+        kernel, stride, padding = case.params["window"]
+        windows = shape[0] * shape[1] * math.prod((n + 2 * padding - kernel) // stride + 1 for n in shape[2:])
+        taps = windows * kernel ** (len(shape) - 2)
     traffic = (math.prod(shape) + windows) * itemsize
     return {"fwd": (traffic, taps), "bwd": (traffic, taps)}

@@ -14,10 +14,12 @@ from torch.nn.utils import parametrize, prune, weight_norm
 import pydl
 
 DROP_INS = [name for name in pydl.nn.__all__ if hasattr(nn, name)]
-ARGUMENTS = {"LayerNorm": ((6, 4),), "MaxPool2d": (3, 2, 1)}
+ARGUMENTS = {"LayerNorm": ((6, 4),)}
 ARGUMENTS |= {name: (5,) for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")}
-ARGUMENTS |= {f"AvgPool{dims}d": (3, 2, 1) for dims in (1, 2, 3)}
-SHAPES = {"BatchNorm1d": (2, 5, 24), "BatchNorm3d": (2, 5, 3, 2, 4), "AvgPool1d": (2, 5, 24)}
+ARGUMENTS |= {f"{kind}Pool{dims}d": (3, 2, 1) for kind in ("Avg", "Max") for dims in (1, 2, 3)}
+ARGUMENTS |= {f"Adaptive{kind}Pool{dims}d": (2,) for kind in ("Avg", "Max") for dims in (1, 2, 3)}
+SHAPES = {"BatchNorm1d": (2, 5, 24), "BatchNorm3d": (2, 5, 3, 2, 4)}
+SHAPES |= {f"{kind}Pool1d": (2, 5, 24) for kind in ("Avg", "Max", "AdaptiveAvg", "AdaptiveMax")}
 
 
 def ctc_loss(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -276,8 +278,8 @@ def test_functional_signatures_start_with_torch_s(name: str) -> None:
         expected = list(inspect.signature(theirs).parameters.values())
     except ValueError:  # a builtin: no signature to compare
         pytest.skip(f"{name} has no Python signature in torch")
-    if any(p.kind is p.VAR_POSITIONAL for p in expected):  # max_pool2d dispatches on return_indices
-        expected = list(inspect.signature(nn.functional._max_pool2d).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in expected):  # max pooling dispatches on return_indices
+        expected = list(inspect.signature(getattr(nn.functional, f"_{name}")).parameters.values())
     assert [(p.name, p.default) for p in ours[: len(expected)]] == [(p.name, p.default) for p in expected]
 
 

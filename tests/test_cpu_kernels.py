@@ -54,20 +54,20 @@ def check_pool(shape, window, dtype, memory_format):
     flat_window = [v for pair in lists for v in pair]
     x = mixed(shape, dtype).contiguous(memory_format=memory_format)
     wanted, positions = torch.ops.aten.max_pool2d_with_indices(x, *lists, ceil_mode)
-    y, flat = RAW.max_pool2d_with_indices(x, flat_window, ceil_mode, True)
-    _, taps = RAW.max_pool2d_with_indices(x, flat_window, ceil_mode, False)
-    assert same(RAW.max_pool2d_values(x, flat_window, ceil_mode), wanted) and same(y, wanted)
+    y, flat = RAW.max_pool_with_indices(x, flat_window, ceil_mode, True)
+    _, taps = RAW.max_pool_with_indices(x, flat_window, ceil_mode, False)
+    assert same(RAW.max_pool_values(x, flat_window, ceil_mode), wanted) and same(y, wanted)
     assert torch.equal(flat, positions)
     assert y.stride() == wanted.stride() or y.is_contiguous() == wanted.is_contiguous()
     dy = torch.randn(wanted.shape).to(dtype)
-    dx = RAW.max_pool2d_bwd(dy, flat, *shape[2:], flat_window)
-    assert torch.equal(dx, RAW.max_pool2d_bwd(dy, taps, *shape[2:], flat_window))
+    dx = RAW.max_pool_bwd(dy, flat, shape[2:], flat_window)
+    assert torch.equal(dx, RAW.max_pool_bwd(dy, taps, shape[2:], flat_window))
     exact = torch.zeros(*shape[:2], shape[2] * shape[3], dtype=torch.float64)
     exact = exact.scatter_add_(2, positions.flatten(2), dy.double().flatten(2)).view(shape)
     torch.testing.assert_close(dx, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
     picked = x.flatten(2).gather(2, positions.flatten(2)).view(wanted.shape)
-    assert same(RAW.max_pool2d_gather(x, taps, flat_window), picked)
-    assert same(RAW.max_pool2d_gather(x, flat, flat_window), picked)
+    assert same(RAW.max_pool_gather(x, taps, flat_window), picked)
+    assert same(RAW.max_pool_gather(x, flat, flat_window), picked)
 
 
 def check_layer_norm(rows, cols, dtype):
@@ -94,7 +94,7 @@ def check_rounding(dtype):
         args = ([1000], weight, None, 1e-5)
         assert torch.equal(RAW.layer_norm_fwd(x, *args)[0], RAW.layer_norm_fwd(x.float(), *args)[0].to(dtype))
     everything = torch.arange(65536).to(torch.uint16).view(dtype).reshape(1, 1, 256, 256)
-    assert same(RAW.max_pool2d_values(everything, [1, 1, 1, 1, 0, 0, 1, 1], False), everything)
+    assert same(RAW.max_pool_values(everything, [1, 1, 1, 1, 0, 0, 1, 1], False), everything)
 
 
 def check_everything():
@@ -129,9 +129,9 @@ def everything_once():
     window = [3, 3, 2, 2, 1, 1, 1, 1]
     for memory_format in (torch.contiguous_format, torch.channels_last):
         image = torch.randn(3, 40, 31, 45).contiguous(memory_format=memory_format)
-        pooled, taps = RAW.max_pool2d_with_indices(image, window, False, False)
-        dx = RAW.max_pool2d_bwd(torch.randn_like(pooled), taps, 31, 45, window)
-        results += [pooled, taps, dx, RAW.max_pool2d_gather(image, taps, window)]
+        pooled, taps = RAW.max_pool_with_indices(image, window, False, False)
+        dx = RAW.max_pool_bwd(torch.randn_like(pooled), taps, (31, 45), window)
+        results += [pooled, taps, dx, RAW.max_pool_gather(image, taps, window)]
     return results
 
 
@@ -154,13 +154,13 @@ def test_threads_do_not_change_results():
 def test_window_of_mostly_padding(memory_format, flat):
     """Such windows take the plain loop: 127 columns of padding around 3, then 70,000 taps over 5 x 6."""
     x = mixed((2, 3, 4, 3), torch.float32).contiguous(memory_format=memory_format)
-    y, indices = RAW.max_pool2d_with_indices(x, [1, 255, 1, 1, 0, 127, 1, 1], False, flat)
+    y, indices = RAW.max_pool_with_indices(x, [1, 255, 1, 1, 0, 127, 1, 1], False, flat)
     wanted, positions = torch.ops.aten.max_pool2d_with_indices(x, [1, 255], [1, 1], [0, 127], [1, 1])
     row = torch.arange(4)[:, None] * 3
     column = torch.arange(y.shape[3]) - 127 + indices.long()
     assert same(y, wanted) and torch.equal(indices if flat else row + column, positions)
     wide = mixed((1, 2, 5, 6), torch.float32).contiguous(memory_format=memory_format)
-    y, indices = RAW.max_pool2d_with_indices(wide, [280, 250, 1, 1, 140, 125, 1, 1], False, flat)
+    y, indices = RAW.max_pool_with_indices(wide, [280, 250, 1, 1, 140, 125, 1, 1], False, flat)
     wanted, positions = torch.ops.aten.max_pool2d_with_indices(wide, [280, 250], [1, 1], [140, 125], [1, 1])
     assert same(y, wanted) and torch.equal(indices, positions)
 
@@ -176,10 +176,10 @@ def test_indices_out_of_range_are_skipped(memory_format):
     for indices in (offsets, positions, torch.zeros(shape, dtype=torch.uint8)):
         kept = indices.dtype == torch.uint8 and not indices.any()
         indices = indices.contiguous(memory_format=memory_format)
-        dx = RAW.max_pool2d_bwd(dy, indices, 9, 10, window)
+        dx = RAW.max_pool_bwd(dy, indices, (9, 10), window)
         # tap 0 lies in the padding for the first row and column of windows and inside the input for the other 16
         assert dx.sum() == (2 * 19 * 16 if kept else 0)
-        y = RAW.max_pool2d_gather(x, indices, window)
+        y = RAW.max_pool_gather(x, indices, window)
         assert y.count_nonzero() == (2 * 19 * 16 if kept else 0)
 
 
@@ -205,13 +205,13 @@ def test_large_mean():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: RAW.max_pool2d_values(torch.zeros(1, 1, 4, 4), [2, 2, 1, 1, 0, 0, 1], False), "window must have 8"),
-        (lambda: RAW.max_pool2d_values(torch.zeros(1, 4, 4), [2] * 4 + [0, 0, 1, 1], False), "4 dimensions, got 3"),
-        (lambda: RAW.max_pool2d_values(torch.zeros(1, 1, 4, 4), [2, 2, 0, 1, 0, 0, 1, 1], False), "stride must"),
-        (lambda: RAW.max_pool2d_values(torch.zeros(1, 1, 4, 4), [2, 2, 1, 1, 0, 2, 1, 1], False), "padding must"),
-        (lambda: RAW.max_pool2d_values(torch.zeros(1, 1, 4, 4), [5, 5, 1, 1, 0, 0, 1, 1], False), "too small"),
+        (lambda: RAW.max_pool_values(torch.zeros(1, 1, 4, 4), [2, 2, 1, 1, 0, 0, 1], False), "window must have 2 or 8"),
+        (lambda: RAW.max_pool_values(torch.zeros(1, 4), [2] * 4 + [0, 0, 1, 1], False), "3 to 5 dimensions, got 2"),
+        (lambda: RAW.max_pool_values(torch.zeros(1, 1, 4, 4), [2, 2, 0, 1, 0, 0, 1, 1], False), "stride must"),
+        (lambda: RAW.max_pool_values(torch.zeros(1, 1, 4, 4), [2, 2, 1, 1, 0, 2, 1, 1], False), "padding must"),
+        (lambda: RAW.max_pool_values(torch.zeros(1, 1, 4, 4), [5, 5, 1, 1, 0, 0, 1, 1], False), "too small"),
         (
-            lambda: RAW.max_pool2d_values(torch.zeros(1, 1, 4, 4).int(), [2] * 4 + [0, 0, 1, 1], False),
+            lambda: RAW.max_pool_values(torch.zeros(1, 1, 4, 4).int(), [2] * 4 + [0, 0, 1, 1], False),
             "x must be float",
         ),
         (lambda: RAW.layer_norm_fwd(torch.zeros(2, 3), [4], None, None, 1e-5), "got 4 where x has 3"),

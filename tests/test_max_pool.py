@@ -25,12 +25,12 @@ from _checks import (
 
 import pydl
 from pydl import ops
-from pydl.reference.max_pool import cases, max_pool2d, max_pool2d_grad
+from pydl.reference import spec as spec_of
+from pydl.reference.max_pool import max_pool, max_pool_grad
 
 OP = "max_pool2d"
-CASES = {case.name: case for case in cases()}
-TORCH = ("torch",)
-NAN, INF = float("nan"), float("inf")
+CASES = {case.name: case for case in spec_of(OP).cases()}
+TORCH, NAN, INF = ("torch",), float("nan"), float("inf")
 NAMESPACES = {"cpu": torch.ops.pydl, "cuda": torch.ops.pydl, "simt": torch.ops.pydl_simt}
 CHANNELS_LAST = torch.channels_last
 
@@ -75,7 +75,7 @@ def test_grid_of_windows(backend, memory_format):
     array = x.double().cpu().numpy()
     for window in grid():
         y, indices = backend(x, *window, return_indices=True)
-        oracle, places = max_pool2d(array, *window)
+        oracle, places = max_pool(2, array, *window)
         assert np.array_equal(y.double().cpu().numpy(), oracle), window
         assert indices.dtype == torch.int64 and np.array_equal(indices.cpu().numpy(), places), window
         # values alone come from a maximum that may order zeros by sign
@@ -86,7 +86,7 @@ def test_grid_of_windows(backend, memory_format):
         dy = torch.arange(out.numel(), device=x.device).reshape(out.shape).float() % 31
         (dx,) = torch.autograd.grad(out, leaf, dy)
         # sums of up to nine integers below 31: exact in float32
-        assert np.array_equal(dx.cpu().numpy(), max_pool2d_grad(dy.cpu().numpy(), places, 9, 7)), window
+        assert np.array_equal(dx.cpu().numpy(), max_pool_grad(dy.cpu().numpy(), places, 9, 7)), window
 
 
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float32))
@@ -256,7 +256,7 @@ def test_every_thread_count_gives_the_same_bits(threads):
         leaf = x.clone().requires_grad_()
         y = ops.max_pool2d(leaf, 3, 2, 1)
         assert_same_bits(y.detach(), F.max_pool2d(x, 3, 2, 1))
-        oracle = max_pool2d_grad(np.ones(y.shape), max_pool2d(x.numpy(), 3, 2, 1)[1], 19, 23)
+        oracle = max_pool_grad(np.ones(y.shape), max_pool(2, x.numpy(), 3, 2, 1)[1], 19, 23)
         assert np.array_equal(torch.autograd.grad(y.sum(), leaf)[0].numpy(), oracle)
     finally:
         torch.set_num_threads(before)
@@ -287,17 +287,17 @@ def test_no_indices_are_made_when_nobody_needs_them(backend):
         backend(x, 3, 2, 1)
         with torch.no_grad():
             backend(x.clone().requires_grad_(), 3, 2, 1)
-    assert set(called.pydl()) == {"max_pool2d_values"}
+    assert set(called.pydl()) == {"max_pool_values"}
     with ops_called() as called:
         leaf = x.clone().requires_grad_()
         backend(leaf, 3, 2, 1).sum().backward()
-    assert "max_pool2d_values" not in called.pydl()
-    assert {"max_pool2d_with_indices", "max_pool2d_bwd"} <= set(called.pydl())
+    assert "max_pool_values" not in called.pydl()
+    assert {"max_pool_with_indices", "max_pool_bwd"} <= set(called.pydl())
 
 
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
 def test_offsets_are_bytes_where_the_window_allows(backend):
-    op = NAMESPACES[backend.name].max_pool2d_with_indices
+    op = NAMESPACES[backend.name].max_pool_with_indices
     x = distinct(1, 3, 16, 16, device=backend.device).contiguous(memory_format=CHANNELS_LAST)
     with backend.use():
         y, offsets = op(x, [3, 3, 2, 2, 1, 1, 1, 1], False, False)
@@ -322,9 +322,9 @@ def test_indices_from_elsewhere_never_leave_the_planes(backend, dtype):
         indices = indices.contiguous(memory_format=memory_format)
         dy = torch.ones(2, 3, 4, 4, device=backend.device).contiguous(memory_format=memory_format)
         with backend.use():
-            dx = namespace.max_pool2d_bwd(dy, indices, 7, 7, window)
+            dx = namespace.max_pool_bwd(dy, indices, (7, 7), window)
             x = torch.ones(2, 3, 7, 7, device=backend.device).contiguous(memory_format=memory_format)
-            y = namespace.max_pool2d_gather(x, indices, window)
+            y = namespace.max_pool_gather(x, indices, window)
         assert dx.shape == (2, 3, 7, 7) and dx.isfinite().all() and 0 <= dx.sum() <= dy.numel()
         assert y.shape == dy.shape and y.isfinite().all() and (y.eq(0) | y.eq(1)).all()
 
@@ -387,16 +387,16 @@ def test_raw_operators_refuse_what_they_cannot_read(backend):
     indices = torch.zeros(1, 1, 2, 2, dtype=torch.uint8, device=backend.device)
     dy = torch.zeros(1, 1, 2, 2, device=backend.device)
     calls = [
-        lambda: namespace.max_pool2d_values(x, window[:7], False),
-        lambda: namespace.max_pool2d_values(x[0], window, False),
-        lambda: namespace.max_pool2d_values(x, [0, 0, 2, 2, 0, 0, 1, 1], False),
-        lambda: namespace.max_pool2d_values(x, [2, 2, 0, 1, 0, 0, 1, 1], False),
-        lambda: namespace.max_pool2d_values(x, [2, 2, 2, 2, -1, -1, 1, 1], False),
-        lambda: namespace.max_pool2d_with_indices(x, [2, 2, 2, 2, 0, 0, 0, 0], False, False),
-        lambda: namespace.max_pool2d_bwd(dy[..., :1], indices, 4, 4, window),
-        lambda: namespace.max_pool2d_bwd(dy, indices.float(), 4, 4, window),
-        lambda: namespace.max_pool2d_bwd(dy, indices, -4, 4, window),
-        lambda: namespace.max_pool2d_gather(x[:, :, 0], indices, window),
+        lambda: namespace.max_pool_values(x, window[:7], False),
+        lambda: namespace.max_pool_values(x[0], window, False),
+        lambda: namespace.max_pool_values(x, [0, 0, 2, 2, 0, 0, 1, 1], False),
+        lambda: namespace.max_pool_values(x, [2, 2, 0, 1, 0, 0, 1, 1], False),
+        lambda: namespace.max_pool_values(x, [2, 2, 2, 2, -1, -1, 1, 1], False),
+        lambda: namespace.max_pool_with_indices(x, [2, 2, 2, 2, 0, 0, 0, 0], False, False),
+        lambda: namespace.max_pool_bwd(dy[..., :1], indices, (4, 4), window),
+        lambda: namespace.max_pool_bwd(dy, indices.float(), 4, 4, window),
+        lambda: namespace.max_pool_bwd(dy, indices, (-4, 4), window),
+        lambda: namespace.max_pool_gather(x[:, :, 0], indices, window),
     ]
     with backend.use():
         for call in calls:
@@ -420,11 +420,11 @@ def test_opcheck(backend: Backend):
         for memory_format in (torch.contiguous_format, CHANNELS_LAST):
             x = distinct(2, 3, 6, 5).contiguous(memory_format=memory_format)
             leaf = x.clone().requires_grad_()
-            check_opcheck(namespace.max_pool2d_values.default, leaf, window, False)
-            check_opcheck(namespace.max_pool2d_with_indices.default, leaf, window, True, False)
-            y, indices = namespace.max_pool2d_with_indices(x, window, True, False)
-            check_opcheck(namespace.max_pool2d_bwd.default, torch.randn_like(y).requires_grad_(), indices, 6, 5, window)
-            check_opcheck(namespace.max_pool2d_gather.default, leaf, indices, window)
+            check_opcheck(namespace.max_pool_values.default, leaf, window, False)
+            check_opcheck(namespace.max_pool_with_indices.default, leaf, window, True, False)
+            y, indices = namespace.max_pool_with_indices(x, window, True, False)
+            check_opcheck(namespace.max_pool_bwd.default, torch.randn_like(y).requires_grad_(), indices, (6, 5), window)
+            check_opcheck(namespace.max_pool_gather.default, leaf, indices, window)
 
 
 @pytest.mark.compile

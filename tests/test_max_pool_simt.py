@@ -101,9 +101,9 @@ def test_values_against_torch(simt, window, shape, layout):
     for dtype, kind in itertools.product(DTYPES, ("normal", "special")):
         x = inputs(shape, dtype, kind, layout)
         y, flat = expected(x, window)
-        assert_same(simt.max_pool2d_values(x, args, ceil_mode), y)
+        assert_same(simt.max_pool_values(x, args, ceil_mode), y)
         for wants_flat in (False, True):
-            out, indices = simt.max_pool2d_with_indices(x, args, ceil_mode, wants_flat)
+            out, indices = simt.max_pool_with_indices(x, args, ceil_mode, wants_flat)
             assert_same(out, y)
             assert_same(indices, flat if wants_flat else taps_of(flat, x, window))
             assert out.is_contiguous(memory_format=layout) and indices.is_contiguous(memory_format=layout)
@@ -119,12 +119,12 @@ def test_values_of_gradients_against_torch(simt, window, shape, layout):
         dy = torch.randint(-8, 9, flat.shape).to(dtype).to(memory_format=layout)
         indices = flat if wants_flat else taps_of(flat, x, window)
         indices = indices.to(memory_format=layout)
-        dx = simt.max_pool2d_bwd(dy, indices, *shape[2:], args)
+        dx = simt.max_pool_bwd(dy, indices, shape[2:], args)
         wanted = torch.zeros(shape[0], shape[1], shape[2] * shape[3]).double()
         wanted.scatter_add_(2, flat.flatten(2), dy.double().flatten(2))
         assert_same(dx, wanted.view(shape).to(dtype))
         assert dx.is_contiguous(memory_format=layout)
-        picked = simt.max_pool2d_gather(x, indices, args)
+        picked = simt.max_pool_gather(x, indices, args)
         assert_same(picked, x.flatten(2).gather(2, flat.flatten(2)).view(flat.shape))
         assert picked.is_contiguous(memory_format=layout)
 
@@ -137,11 +137,11 @@ def test_values_accumulate_in_fp32(simt, dtype, flat, layout):
     x = torch.zeros(1, 8, 8, 16, dtype=dtype).to(memory_format=layout)
     x[:, :, 4, 8] = 1
     args = [3, 3, 1, 1, 1, 1, 1, 1]
-    _, taps = simt.max_pool2d_with_indices(x, args, False, flat)
+    _, taps = simt.max_pool_with_indices(x, args, False, flat)
     dy = torch.zeros_like(x)
     dy[:, :, 3:6, 7:10] = 1
     dy[:, :, 3, 7] = 2048
-    dx = simt.max_pool2d_bwd(dy, taps, 8, 16, args)
+    dx = simt.max_pool_bwd(dy, taps, (8, 16), args)
     assert (dx[:, :, 4, 8] == torch.tensor(2056.0).to(dtype)).all()
 
 
@@ -149,19 +149,19 @@ def test_values_of_views_and_empty_batches(simt):
     args = [3, 3, 2, 2, 1, 1, 1, 1]
     base = torch.randn(2, 3, 9, 40)
     for x in (base[..., 1:33], base[..., ::2], base.transpose(2, 3), base[:, :, 2:, 3:], base.expand(2, 3, 9, 40)):
-        assert_same(simt.max_pool2d_values(x, args, False), F.max_pool2d(x, 3, 2, 1))
+        assert_same(simt.max_pool_values(x, args, False), F.max_pool2d(x, 3, 2, 1))
     misaligned = torch.randn(1 + 2 * 3 * 8 * 16)[1:].view(2, 3, 8, 16)  # contiguous, 4 bytes past an aligned address
-    assert_same(simt.max_pool2d_values(misaligned, args, False), F.max_pool2d(misaligned, 3, 2, 1))
-    y, taps = simt.max_pool2d_with_indices(torch.zeros(0, 3, 8, 8), args, False, False)
+    assert_same(simt.max_pool_values(misaligned, args, False), F.max_pool2d(misaligned, 3, 2, 1))
+    y, taps = simt.max_pool_with_indices(torch.zeros(0, 3, 8, 8), args, False, False)
     assert y.shape == taps.shape == (0, 3, 4, 4)
-    assert simt.max_pool2d_bwd(y, taps, 8, 8, args).shape == (0, 3, 8, 8)
-    assert simt.max_pool2d_gather(torch.zeros(0, 3, 8, 8), taps, args).shape == (0, 3, 4, 4)
+    assert simt.max_pool_bwd(y, taps, (8, 8), args).shape == (0, 3, 8, 8)
+    assert simt.max_pool_gather(torch.zeros(0, 3, 8, 8), taps, args).shape == (0, 3, 4, 4)
 
 
 def test_values_of_windows_that_no_byte_can_number(simt):
     x = torch.randn(1, 2, 40, 40)
     args = [16, 16, 5, 5, 8, 8, 1, 1]
-    y, indices = simt.max_pool2d_with_indices(x, args, False, False)
+    y, indices = simt.max_pool_with_indices(x, args, False, False)
     wanted, flat = F.max_pool2d(x, 16, 5, 8, return_indices=True)
     assert_same(y, wanted)
     assert_same(indices, flat)
@@ -175,8 +175,8 @@ def test_values_with_wild_indices_stay_in_memory(simt, dtype, layout):
     values = [0, 9, 200, 255] if dtype == torch.uint8 else [-1, 10**9, -(2**62), 2**62, 128]
     for value in values:
         indices = torch.full((2, 8, 4, 8), value, dtype=dtype).to(memory_format=layout)
-        dx = simt.max_pool2d_bwd(torch.ones(2, 8, 4, 8), indices, 8, 16, args)
-        y = simt.max_pool2d_gather(torch.ones(2, 8, 8, 16), indices, args)
+        dx = simt.max_pool_bwd(torch.ones(2, 8, 4, 8), indices, (8, 16), args)
+        y = simt.max_pool_gather(torch.ones(2, 8, 8, 16), indices, args)
         if value != 0:
             assert not dx.any() and not y.any()
         else:
@@ -187,20 +187,20 @@ def test_errors_of_raw_calls(simt):
     args = [3, 3, 2, 2, 1, 1, 1, 1]
     x = torch.zeros(1, 1, 8, 8)
     taps = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="4 dimensions"):
-        simt.max_pool2d_values(x[0], args, False)
+    with pytest.raises(RuntimeError, match="window must have 1 or 4"):
+        simt.max_pool_values(x[0], args, False)
     with pytest.raises(RuntimeError, match="float32, float64"):
-        simt.max_pool2d_values(x.long(), args, False)
+        simt.max_pool_values(x.long(), args, False)
     with pytest.raises(RuntimeError, match="too small"):
-        simt.max_pool2d_values(x, [30, 30, *args[2:]], False)
+        simt.max_pool_values(x, [30, 30, *args[2:]], False)
     with pytest.raises(RuntimeError, match="shape of indices"):
-        simt.max_pool2d_bwd(torch.zeros(1, 1, 5, 4), taps, 8, 8, args)
+        simt.max_pool_bwd(torch.zeros(1, 1, 5, 4), taps, (8, 8), args)
     with pytest.raises(RuntimeError, match="uint8 or int64"):
-        simt.max_pool2d_gather(x, taps.int(), args)
+        simt.max_pool_gather(x, taps.int(), args)
     with pytest.raises(RuntimeError, match="below 2\\^31"):
-        simt.max_pool2d_bwd(torch.zeros(1, 1, 4, 4), taps, 2**31, 8, args)
+        simt.max_pool_bwd(torch.zeros(1, 1, 4, 4), taps, (2**31, 8), args)
     with pytest.raises(RuntimeError, match="2\\^31 taps"):
-        simt.max_pool2d_gather(x, taps, [50000, 50000, *args[2:]])
+        simt.max_pool_gather(x, taps, [50000, 50000, *args[2:]])
 
 
 @pytest.mark.no_poison
@@ -213,10 +213,10 @@ def test_values_beyond_2_to_31_elements(simt, layout):
     picked = x[:, :, ::16384, ::16384]
     picked.copy_(torch.arange(1, picked.numel() + 1).view(picked.shape))
     args = [1, 1, 16384, 16384, 0, 0, 1, 1]
-    y, flat = simt.max_pool2d_with_indices(x, args, False, True)
+    y, flat = simt.max_pool_with_indices(x, args, False, True)
     assert torch.equal(y, picked)
     assert flat[0, 1, 2, 1] == 32768 * 32768 + 16384
-    assert torch.equal(simt.max_pool2d_gather(x, flat, args), picked)
+    assert torch.equal(simt.max_pool_gather(x, flat, args), picked)
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ def test_values_of_vector_kernels_beyond_2_to_31_elements(simt, layout):
     )
     x[0, 7, 16383, 16383] = 3
     x[0, 6, 16382, 16380] = 2
-    y = simt.max_pool2d_values(x, [2, 2, 2, 2, 0, 0, 1, 1], False)
+    y = simt.max_pool_values(x, [2, 2, 2, 2, 0, 0, 1, 1], False)
     assert y[0, 7, 8191, 8191] == 3 and y[0, 6, 8191, 8190] == 2
     assert float(y.sum(dtype=torch.float32)) == 5
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydl import reference
 from pydl._verify import torch_function
 from pydl.reference.layer_norm import layer_norm, layer_norm_stats
-from pydl.reference.max_pool import max_pool2d, max_pool2d_grad, output_size
+from pydl.reference.max_pool import max_pool, max_pool_grad, output_size
 
 SPECS = reference.specs()
 CASES = [
@@ -76,25 +76,25 @@ def test_layer_norm_refuses_another_shape():
 
 def test_max_pool_first_maximum_and_last_nan_win():
     # torch updates on `value > best or isnan(value)`: equal values keep the first tap, a second NaN replaces the first
-    y, indices = max_pool2d(np.array([[5.0, 1.0], [5.0, 2.0]]), 2)
+    y, indices = max_pool(2, np.array([[5.0, 1.0], [5.0, 2.0]]), 2)
     assert (y.item(), indices.item()) == (5.0, 0)
-    y, indices = max_pool2d(np.array([[5.0, np.nan], [np.nan, 9.0]]), 2)
+    y, indices = max_pool(2, np.array([[5.0, np.nan], [np.nan, 9.0]]), 2)
     assert np.isnan(y.item()) and indices.item() == 2
-    y, indices = max_pool2d(np.full((2, 2), -np.inf), 2)
+    y, indices = max_pool(2, np.full((2, 2), -np.inf), 2)
     assert (y.item(), indices.item()) == (-np.inf, 0)
 
 
 def test_max_pool_window_without_a_tap_inside_has_no_gradient():
     # H = 1, k = 2, p = 1, d = 2: the rows of the only window are -1 and 1, both outside
-    y, indices = max_pool2d(np.ones((1, 4)), 2, 1, 1, 2)
+    y, indices = max_pool(2, np.ones((1, 4)), 2, 1, 1, 2)
     assert np.all(y == -np.inf) and np.all(indices == -1)
-    assert not max_pool2d_grad(np.ones(y.shape), indices, 1, 4).any()
+    assert not max_pool_grad(np.ones(y.shape), indices, 1, 4).any()
 
 
 def test_max_pool_gradient_adds_up_where_windows_share_a_maximum():
     x = np.array([[0.0, 9.0, 0.0]])
-    _, indices = max_pool2d(x, (1, 2), 1)
-    np.testing.assert_array_equal(max_pool2d_grad(np.array([[1.0, 2.0]]), indices, 1, 3), [[0.0, 3.0, 0.0]])
+    _, indices = max_pool(2, x, (1, 2), 1)
+    np.testing.assert_array_equal(max_pool_grad(np.array([[1.0, 2.0]]), indices, 1, 3), [[0.0, 3.0, 0.0]])
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])

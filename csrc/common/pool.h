@@ -16,7 +16,7 @@ namespace pydl {
 #endif
 
 // One spatial dimension: output o reads inputs o * stride - padding + tap * dilation for tap in [0, kernel), or, if
-// adaptive, inputs [floor(o * in / out), ceil((o + 1) * in / out)).
+// adaptive, inputs [floor(o * in / out), ceil((o + 1) * in / out)), of which kernel bounds the number.
 struct PoolDim {
   int64_t in, out, kernel, stride, padding, dilation;
   bool adaptive = false;
@@ -56,7 +56,9 @@ struct PoolFwd {
   const int64_t* flat_tap;  // flat: where in a plane a tap lies, by its number, from the window's origin
   bool flat;                // indices are int64 positions in a plane, else uint8 numbers of taps
   Dtype dtype;
-  int64_t tile_rows, tile_cols;  // outputs computed together (contiguous layout)
+  int64_t tile_rows = 0, tile_cols = 0;  // outputs computed together (contiguous layout)
+  int64_t tile_bytes = 0;                // memory that a tile needs
+  int64_t slice_tiles = 0;               // tiles of one depth of a volume
 };
 
 struct PoolBwd {
@@ -69,6 +71,12 @@ struct PoolBwd {
 };
 
 namespace {
+
+// The input that tap 0 of output o reads.
+template <class D, class I>
+PYDL_POOL_FUNCTION I window_start(const D& d, I o) {
+  return d.adaptive ? I(int64_t(o) * d.in / d.out) : o * d.stride - d.padding;
+}
 
 // Inputs in the window of output o, whose taps are neighbours. D is PoolDim or its 32-bit copy on a device.
 template <class D, class I>
@@ -84,6 +92,33 @@ PYDL_POOL_FUNCTION Span<I> outputs_of(const D& d, I i) {
   if (d.adaptive) return {I(int64_t(i) * d.out / d.in), I((int64_t(i + 1) * d.out + d.in - 1) / d.in)};
   const I reach = i + d.padding - d.kernel + 1, last = (i + d.padding) / d.stride + 1;
   return {reach > 0 ? (reach + d.stride - 1) / d.stride : 0, last < d.out ? last : d.out};
+}
+
+// Taps of output o that lie inside the input; first is the number of those before it.
+template <class D, class I>
+PYDL_POOL_FUNCTION Span<I> inner_taps(const D& d, I o) {
+  if (d.adaptive) {
+    const Span<I> inside = inputs_of(d, o);
+    return {0, inside.last - inside.first};
+  }
+  const I start = o * d.stride - d.padding, first = start < 0 ? (-start + d.dilation - 1) / d.dilation : 0;
+  I last = start < d.in ? (d.in - start + d.dilation - 1) / d.dilation : 0;
+  last = last < d.kernel ? last : d.kernel;
+  return {first, last > first ? last : first};
+}
+
+// Outputs whose windows span input i; with a dilation some of them pass over it.
+template <class D, class I>
+PYDL_POOL_FUNCTION Span<I> covering(const D& d, I i) {
+  if (d.adaptive) return outputs_of(d, i);
+  const I reach = i + d.padding - (d.kernel - 1) * d.dilation, last = (i + d.padding) / d.stride + 1;
+  return {reach > 0 ? (reach + d.stride - 1) / d.stride : 0, last < d.out ? last : d.out};
+}
+// The tap by which output o reads input i of those that it spans, -1 if it passes over it.
+template <class D, class I>
+PYDL_POOL_FUNCTION I tap_at(const D& d, I o, I i) {
+  const I distance = i - window_start(d, o);
+  return d.dilation == 1 ? distance : distance % d.dilation == 0 ? distance / d.dilation : -1;
 }
 
 // How many elements of output o's window a mean counts along one dimension.
@@ -114,21 +149,40 @@ using host::Tensor;
 
 inline constexpr PoolDim kNoDim{1, 1, 1, 1, 0, 1};
 
-// Taps of a window fit into the 8 bits of an offset.
-inline bool offsets_fit(const PoolShape& s) { return s.h.kernel * s.w.kernel <= 255; }
+inline constexpr int64_t kPoolLimit = int64_t(1) << 31;  // keeps every product below 2^63
+
+// Taps of a window, as many as an int64 can count.
+inline int64_t taps_of(const PoolShape& s) {
+  int64_t taps = s.h.kernel * s.w.kernel;
+  return __builtin_mul_overflow(taps, s.d.kernel, &taps) ? INT64_MAX : taps;
+}
+// A tap's number fits into the 8 bits of an offset.
+inline bool offsets_fit(const PoolShape& s) { return taps_of(s) <= 255; }
 
 // Taps of a window that can lie inside the input: the work behind an output.
-inline int64_t inner_window(const PoolShape& s) { return std::min(s.h.kernel, s.h.in) * std::min(s.w.kernel, s.w.in); }
+inline int64_t inner_window(const PoolShape& s) {
+  const auto inside = [](const PoolDim& d) { return double(std::min(d.kernel, d.in)); };
+  return int64_t(std::min(inside(s.d) * inside(s.h) * inside(s.w), 1e15));
+}
 
-// One dimension (0 height, 1 width) of a pooling; `window` is kernel_size, stride, padding and dilation, two of each.
-// One list, because each list argument costs a microsecond on its way through the dispatcher.
-inline PoolDim pool_dim(const char* op, int64_t in, size_t d, const Sizes& window) {
-  constexpr int64_t kLimit = int64_t(1) << 31;  // keeps every product below 2^63
-  STD_TORCH_CHECK(window.size() == 8, op, ": window must have 8 entries, got ", window.size());
-  const int64_t kernel = window[d], stride = window[2 + d], padding = window[4 + d], dilation = window[6 + d];
-  STD_TORCH_CHECK(kernel >= 1 && kernel < kLimit, op, ": kernel_size must be in [1, 2^31), got ", kernel);
-  STD_TORCH_CHECK(stride >= 1 && stride < kLimit, op, ": stride must be in [1, 2^31), got ", stride);
-  STD_TORCH_CHECK(dilation >= 1 && dilation < kLimit, op, ": dilation must be in [1, 2^31), got ", dilation);
+// The dimensions of a pooling, those that the tensor has, in its order.
+inline PoolDim& axis_of(PoolShape& s, int64_t i) {
+  const int64_t from_last = s.dims - 1 - i;
+  return from_last == 0 ? s.w : from_last == 1 ? s.h : s.d;
+}
+inline const PoolDim& axis_of(const PoolShape& s, int64_t i) { return axis_of(const_cast<PoolShape&>(s), i); }
+
+inline PoolDim adaptive_dim(int64_t in, int64_t out) {
+  if (out > 0 && in % out == 0) return {in, out, in / out, in / out, 0, 1};
+  return {in, out, out > 0 ? std::min(in / out + 2, in) : 1, 1, 0, 1, true};
+}
+
+// One dimension of a pooling with this kernel_size, stride, padding and dilation.
+inline PoolDim strided_dim(const char* op, int64_t in, int64_t kernel, int64_t stride, int64_t padding,
+                           int64_t dilation) {
+  STD_TORCH_CHECK(kernel >= 1 && kernel < kPoolLimit, op, ": kernel_size must be in [1, 2^31), got ", kernel);
+  STD_TORCH_CHECK(stride >= 1 && stride < kPoolLimit, op, ": stride must be in [1, 2^31), got ", stride);
+  STD_TORCH_CHECK(dilation >= 1 && dilation < kPoolLimit, op, ": dilation must be in [1, 2^31), got ", dilation);
   STD_TORCH_CHECK(padding >= 0 && padding <= kernel / 2, op, ": padding must be between 0 and half of kernel_size (",
                   kernel, "), got ", padding);
   return {in, 0, kernel, stride, padding, dilation};
@@ -141,6 +195,16 @@ inline int64_t pooled_size(const PoolDim& d, bool ceil_mode) {
   int64_t out = (span >= 0 ? span / d.stride : -((-span + d.stride - 1) / d.stride)) + 1;
   if (ceil_mode && (out - 1) * d.stride >= d.in + d.padding) --out;
   return out;
+}
+
+// Whether a list of `parts` entries for each dimension, or of the output sizes of adaptive windows; one list, because
+// each list argument costs a microsecond on its way through the dispatcher.
+inline bool is_adaptive(const char* op, const Sizes& window, int64_t dims, int64_t parts) {
+  const int64_t size = int64_t(window.size());
+  STD_TORCH_CHECK(dims >= 1 && dims <= 3, op, ": the tensor must have 3 to 5 dimensions, got ", dims + 2);
+  STD_TORCH_CHECK(size == dims || size == parts * dims, op, ": window must have ", dims, " or ", parts * dims,
+                  " entries, got ", size);
+  return size == dims;
 }
 
 // Dimensions of a tensor from the least to the greatest stride.
@@ -164,82 +228,89 @@ inline bool like_channels_last(const Array& x) {
   return true;
 }
 
-// Shape of the pooling of x.
-inline PoolShape forward_shape(const char* op, const Tensor& x, const Sizes& window, bool ceil_mode) {
-  const Array meta(x);
-  STD_TORCH_CHECK(meta.dim == 4, op, ": x must have 4 dimensions, got ", meta.dim);
-  STD_TORCH_CHECK(host::is_floating(meta.dtype), op, ": x must be float32, float64, float16 or bfloat16");
-  PoolShape s{meta.sizes[0],
-              meta.sizes[1],
-              kNoDim,
-              pool_dim(op, meta.sizes[2], 0, window),
-              pool_dim(op, meta.sizes[3], 1, window),
-              like_channels_last(meta),
-              2};
-  s.h.out = pooled_size(s.h, ceil_mode);
-  s.w.out = pooled_size(s.w, ceil_mode);
-  STD_TORCH_CHECK(s.h.in > 0 && s.w.in > 0 && s.h.out > 0 && s.w.out > 0, op, ": x of ", s.h.in, " x ", s.w.in,
-                  " is too small for kernel_size ", s.h.kernel, " x ", s.w.kernel, ": the output would be ", s.h.out,
-                  " x ", s.w.out);
-  return s;
+inline PoolShape plain_shape(const Array& x) {
+  return {x.sizes[0], x.sizes[1], kNoDim, kNoDim, kNoDim, like_channels_last(x), x.dim - 2};
 }
 
-// Shape of the pooling of a height x width input that gave `indices`.
-inline PoolShape index_shape(const char* op, const Array& indices, int64_t height, int64_t width, const Sizes& window) {
-  STD_TORCH_CHECK(indices.dim == 4, op, ": indices must have 4 dimensions, got ", indices.dim);
-  STD_TORCH_CHECK(indices.dtype == Dtype::kUInt8 || indices.dtype == Dtype::kInt64, op,
-                  ": indices must be uint8 or int64");
-  STD_TORCH_CHECK(height > 0 && width > 0 && height <= INT64_MAX / width, op,
-                  ": height and width must be positive, got ", height, " and ", width);
-  PoolShape s{indices.sizes[0],
-              indices.sizes[1],
-              kNoDim,
-              pool_dim(op, height, 0, window),
-              pool_dim(op, width, 1, window),
-              like_channels_last(indices),
-              2};
-  s.h.out = indices.sizes[2];
-  s.w.out = indices.sizes[3];
-  for (const PoolDim* d : {&s.h, &s.w}) {
-    STD_TORCH_CHECK(d->out < INT64_MAX / 2 / d->stride, op, ": indices are too large, got size ", d->out);
+// Dimension i of a max pooling; `window` is kernel_size, stride, padding and dilation, as many of each as dimensions.
+inline PoolDim max_dim(const char* op, int64_t in, const Sizes& window, int64_t i) {
+  const size_t dims = window.size() / 4, at = size_t(i);
+  return strided_dim(op, in, window[at], window[dims + at], window[2 * dims + at], window[3 * dims + at]);
+}
+
+// Shape of the max pooling of x; for adaptive windows `window` holds the output's sizes.
+inline PoolShape forward_shape(const char* op, const Tensor& x, const Sizes& window, bool ceil_mode) {
+  const Array meta(x);
+  const bool adaptive = is_adaptive(op, window, meta.dim - 2, 4);
+  STD_TORCH_CHECK(host::is_floating(meta.dtype), op, ": x must be float32, float64, float16 or bfloat16");
+  PoolShape s = plain_shape(meta);
+  for (int64_t i = 0; i < s.dims; ++i) {
+    const int64_t in = meta.sizes[2 + i];
+    PoolDim& d = axis_of(s, i);
+    if (adaptive) {
+      const int64_t out = window[size_t(i)];
+      STD_TORCH_CHECK(in >= 1 && in < kPoolLimit && out >= 0 && out < kPoolLimit, op,
+                      ": sizes must be in [1, 2^31) before and in [0, 2^31) after pooling, got ", in, " and ", out);
+      d = adaptive_dim(in, out);
+      continue;
+    }
+    d = max_dim(op, in, window, i);
+    d.out = pooled_size(d, ceil_mode);
+    STD_TORCH_CHECK(d.in > 0 && d.out > 0, op, ": x of size ", d.in, " is too small for kernel_size ", d.kernel,
+                    ": the output would be ", d.out);
   }
   return s;
 }
 
-// The geometry of a mean over the windows of `given`, its input or (backward) its output. `window` holds the other
+// Shape of the max pooling of an input of this size that gave `indices`.
+inline PoolShape index_shape(const char* op, const Tensor& tensor, const int64_t* size, int64_t dims,
+                             const Sizes& window) {
+  const Array indices(tensor);
+  const bool adaptive = is_adaptive(op, window, indices.dim - 2, 4);
+  STD_TORCH_CHECK(indices.dtype == Dtype::kUInt8 || indices.dtype == Dtype::kInt64, op,
+                  ": indices must be uint8 or int64");
+  PoolShape s = plain_shape(indices);
+  STD_TORCH_CHECK(dims == s.dims, op, ": indices must have ", dims + 2, " dimensions, got ", indices.dim);
+  int64_t pixels = 1;
+  for (int64_t i = 0; i < dims; ++i) {
+    STD_TORCH_CHECK(size[i] > 0 && size[i] <= INT64_MAX / pixels, op, ": sizes must be positive, got ", size[i]);
+    pixels *= size[i];
+    PoolDim& d = axis_of(s, i);
+    const int64_t out = indices.sizes[2 + i];
+    if (adaptive) {
+      STD_TORCH_CHECK(size[i] < kPoolLimit && out < kPoolLimit, op, ": sizes must be below 2^31, got ", size[i]);
+      d = adaptive_dim(size[i], out);
+    } else {
+      d = max_dim(op, size[i], window, i);
+      d.out = out;
+      STD_TORCH_CHECK(out < INT64_MAX / 2 / d.stride, op, ": indices are too large, got size ", out);
+    }
+  }
+  return s;
+}
+
+// The geometry of a mean over the windows of a tensor, its input or (backward) its output. `window` holds the other
 // side's sizes, then kernel_size, stride and padding unless the windows are adaptive.
 inline PoolShape mean_shape(const char* op, const Tensor& tensor, const Sizes& window, bool forward) {
-  constexpr int64_t kLimit = int64_t(1) << 31;  // keeps every product below 2^63
   const Array given(tensor);
-  const int64_t dims = given.dim - 2;
-  STD_TORCH_CHECK(dims >= 1 && dims <= 3, op, ": the tensor must have 3 to 5 dimensions, got ", given.dim);
+  const bool adaptive = is_adaptive(op, window, given.dim - 2, 4);
   STD_TORCH_CHECK(host::is_floating(given.dtype), op, ": the tensor must be float32, float64, float16 or bfloat16");
-  const bool adaptive = int64_t(window.size()) == dims;
-  STD_TORCH_CHECK(adaptive || int64_t(window.size()) == 4 * dims, op, ": window must have ", dims, " or ", 4 * dims,
-                  " entries, got ", window.size());
-  PoolShape s{given.sizes[0], given.sizes[1], kNoDim, kNoDim, kNoDim, like_channels_last(given), dims};
-  PoolDim* const axes[3] = {&s.d, &s.h, &s.w};
-  for (int64_t i = 0; i < dims; ++i) {
+  PoolShape s = plain_shape(given);
+  for (int64_t i = 0; i < s.dims; ++i) {
     const int64_t own = given.sizes[2 + i], other = window[size_t(i)], in = forward ? own : other;
     const int64_t out = forward ? other : own;
-    STD_TORCH_CHECK(in >= 1 && in < kLimit && out >= 0 && out < kLimit, op,
+    STD_TORCH_CHECK(in >= 1 && in < kPoolLimit && out >= 0 && out < kPoolLimit, op,
                     ": sizes must be in [1, 2^31) before and in [0, 2^31) after pooling, got ", in, " and ", out);
-    PoolDim& d = *axes[3 - dims + i];
-    if (!adaptive) {
-      const auto entry = [&](int64_t k) { return window[size_t(k * dims + i)]; };
-      d = {in, out, entry(1), entry(2), entry(3), 1};
-      STD_TORCH_CHECK(d.kernel >= 1 && d.kernel < kLimit && d.stride >= 1 && d.stride < kLimit && d.padding >= 0 &&
-                          d.padding <= d.kernel / 2,
-                      op,
-                      ": kernel_size and stride must be in [1, 2^31), padding between 0 and half of kernel_size, got ",
-                      d.kernel, ", ", d.stride, " and ", d.padding);
-      STD_TORCH_CHECK(out >= 1 && (out - 1) * d.stride < in + d.padding, op, ": ", out,
-                      " windows reach past an input of size ", in);
-    } else if (out > 0 && in % out == 0) {
-      d = {in, out, in / out, in / out, 0, 1};
-    } else {
-      d = {in, out, 0, 0, 0, 1, true};
+    PoolDim& d = axis_of(s, i);
+    if (adaptive) {
+      d = adaptive_dim(in, out);
+      continue;
     }
+    const auto entry = [&](int64_t part) { return window[size_t(part * s.dims + i)]; };
+    d = strided_dim(op, in, entry(1), entry(2), entry(3), 1);
+    d.out = out;
+    STD_TORCH_CHECK(out >= 1 && (out - 1) * d.stride < in + d.padding, op, ": ", out,
+                    " windows reach past an input of size ", in);
   }
   return s;
 }
@@ -273,11 +344,7 @@ struct PoolLayout {
 };
 inline PoolLayout pool_layout(const PoolShape& s, bool outputs) {
   PoolLayout layout{{s.batch, s.channels}, {}, s.dims + 2};
-  const PoolDim* const axes[3] = {&s.d, &s.h, &s.w};
-  for (int64_t i = 0; i < s.dims; ++i) {
-    const PoolDim& d = *axes[3 - s.dims + i];
-    layout.sizes[2 + i] = outputs ? d.out : d.in;
-  }
+  for (int64_t i = 0; i < s.dims; ++i) layout.sizes[2 + i] = outputs ? axis_of(s, i).out : axis_of(s, i).in;
   int64_t expected = 1, order[5];
   memory_order(layout.dim, s.channels_last, order);
   for (int64_t i = 0; i < layout.dim; ++i) {

@@ -142,7 +142,7 @@ template <bool INDEX, bool NAN_SEEN, class T, class C>
 void pool_height(const PoolFwd& a, const PoolTile& t, const PoolBuffers<C>& b, const TileRange& r, int64_t plane) {
   const PoolDim &h = a.shape.h, &w = a.shape.w;
   for (int64_t oh = r.first_row; oh < r.last_row; ++oh) {
-    const Taps taps = inner_taps(h, oh);
+    const Span<int64_t> taps = inner_taps(h, oh);
     const int64_t start = oh * h.stride - h.padding, position = (plane * h.out + oh) * w.out + r.first_col;
     const int64_t window = start * w.in + r.first_col * w.stride - w.padding;
     T* y = static_cast<T*>(a.y) + position;
@@ -250,6 +250,7 @@ namespace pydl {
 PYDL_CPU_DECLARE(void, max_pool_tiles, const PoolFwd&, void*, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, max_pool_rows, const PoolFwd&, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, max_pool_outputs, const PoolFwd&, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, max_pool_volumes, const PoolFwd&, void*, int64_t, int64_t)
 
 namespace {
 
@@ -266,14 +267,24 @@ void choose_tile(PoolFwd& a, int64_t element) {
 
 void run_contiguous(PoolFwd& a) {
   const PoolShape& s = a.shape;
-  const int64_t element = host::size_of(host::compute_dtype(a.dtype));
+  const int64_t element = host::size_of(host::compute_dtype(a.dtype)), planes = s.batch * s.channels;
   choose_tile(a, element);
-  const int64_t bytes = pool_tile(s, a.tile_rows, a.tile_cols).bytes(element, a.indices != nullptr);
+  a.tile_bytes = (pool_tile(s, a.tile_rows, a.tile_cols).bytes(element, a.indices != nullptr) + 63) / 64 * 64;
   const int64_t tiles = ((s.h.out + a.tile_rows - 1) / a.tile_rows) * ((s.w.out + a.tile_cols - 1) / a.tile_cols);
   const int64_t work = a.tile_rows * a.tile_cols * (s.h.stride * s.w.stride + s.w.kernel);
-  host::parallel(s.batch * s.channels * tiles, work, [&](int64_t begin, int64_t end) {
+  if (s.d.in == 1 && s.d.kernel == 1) {
+    host::parallel(planes * tiles, work, [&](int64_t begin, int64_t end) {
+      const host::Scratch scratch(a.tile_bytes);
+      PYDL_CPU_DISPATCH(max_pool_tiles)(a, scratch.get(), begin, end);
+    });
+    return;
+  }
+  a.slice_tiles = tiles;
+  const int64_t per_value = host::size_of(a.dtype) + (a.indices == nullptr ? 0 : a.flat ? 8 : 1);
+  const int64_t bytes = a.tile_bytes + s.d.in * s.h.out * s.w.out * per_value + 8;
+  host::parallel(planes, tiles * work * s.d.in, [&](int64_t begin, int64_t end) {
     const host::Scratch scratch(bytes);
-    PYDL_CPU_DISPATCH(max_pool_tiles)(a, scratch.get(), begin, end);
+    PYDL_CPU_DISPATCH(max_pool_volumes)(a, scratch.get(), begin, end);
   });
 }
 
@@ -282,31 +293,42 @@ struct Pooled {
   std::optional<Output> indices;
 };
 
+// Where in a plane the taps lie from their window's origin, in the order of their numbers.
+Sizes flat_taps(const PoolShape& s) {
+  Sizes places;
+  places.reserve(size_t(taps_of(s)));
+  for (int64_t i = 0; i < s.d.kernel; ++i) {
+    for (int64_t j = 0; j < s.h.kernel; ++j) {
+      for (int64_t k = 0; k < s.w.kernel; ++k) {
+        places.push_back((i * s.d.dilation * s.h.in + j * s.h.dilation) * s.w.in + k * s.w.dilation);
+      }
+    }
+  }
+  return places;
+}
+
 Pooled max_pool_fwd(const Tensor& x_in, const PoolShape& s, bool with_indices, bool flat) {
   const Tensor x = dense_in(x_in, s.channels_last);
   const Array meta(x);
   Pooled out{empty_pool(s, true, meta.dtype), std::nullopt};
   if (with_indices) out.indices = empty_pool(s, true, flat ? Dtype::kInt64 : Dtype::kUInt8);
-  const int64_t outputs = s.batch * s.channels * s.h.out * s.w.out;
+  const int64_t outputs = s.batch * s.channels * s.d.out * s.h.out * s.w.out;
   if (outputs == 0) return out;
-  PoolFwd a{s, meta.data, out.y.data, with_indices ? out.indices->data : nullptr, nullptr, flat, meta.dtype, 0, 0};
+  PoolFwd a{s, meta.data, out.y.data, with_indices ? out.indices->data : nullptr, nullptr, flat, meta.dtype};
   // Windows that are mostly padding, or more taps than the kernels number, are not worth a vector.
-  const int64_t taps = s.h.kernel * s.w.kernel;
-  if (taps > 65536 || s.w.padding > s.w.in + 64) {
+  const bool uneven = !s.channels_last && (s.h.adaptive || s.w.adaptive);
+  if (taps_of(s) > 65536 || s.w.padding > s.w.in + 64 || uneven) {
     host::parallel(outputs, inner_window(s),
                    [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_outputs)(a, begin, end); });
     return out;
   }
-  Sizes flat_tap;
+  Sizes places;
   if (with_indices && flat) {
-    flat_tap.resize(size_t(taps));
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      flat_tap[size_t(tap)] = tap / s.w.kernel * s.h.dilation * s.w.in + tap % s.w.kernel * s.w.dilation;
-    }
-    a.flat_tap = flat_tap.data();
+    places = flat_taps(s);
+    a.flat_tap = places.data();
   }
   if (s.channels_last) {
-    host::parallel(s.batch * s.h.out, s.w.out * s.channels * inner_window(s) / 2 + 1,
+    host::parallel(s.batch * s.d.out * s.h.out, s.w.out * s.channels * inner_window(s) / 2 + 1,
                    [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_rows)(a, begin, end); });
   } else {
     run_contiguous(a);
@@ -314,22 +336,20 @@ Pooled max_pool_fwd(const Tensor& x_in, const PoolShape& s, bool with_indices, b
   return out;
 }
 
-Tensor max_pool2d_values(const Tensor& x, const Sizes& window, bool ceil_mode) {
-  const char* const op = "max_pool2d_values";
-  const PoolShape s = forward_shape(op, x, window, ceil_mode);
+Tensor max_pool_values(const Tensor& x, const Sizes& window, bool ceil_mode) {
+  const PoolShape s = forward_shape("max_pool_values", x, window, ceil_mode);
   return std::move(max_pool_fwd(x, s, false, false).y.tensor);
 }
 
-std::tuple<Tensor, Tensor> max_pool2d_with_indices(const Tensor& x, const Sizes& window, bool ceil_mode, bool flat) {
-  const char* const op = "max_pool2d_with_indices";
-  const PoolShape s = forward_shape(op, x, window, ceil_mode);
+std::tuple<Tensor, Tensor> max_pool_with_indices(const Tensor& x, const Sizes& window, bool ceil_mode, bool flat) {
+  const PoolShape s = forward_shape("max_pool_with_indices", x, window, ceil_mode);
   Pooled out = max_pool_fwd(x, s, true, flat || !offsets_fit(s));
   return {std::move(out.y.tensor), std::move(out.indices->tensor)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pydl, CPU, m) {
-  m.impl("max_pool2d_values", TORCH_BOX(&max_pool2d_values));
-  m.impl("max_pool2d_with_indices", TORCH_BOX(&max_pool2d_with_indices));
+  m.impl("max_pool_values", TORCH_BOX(&max_pool_values));
+  m.impl("max_pool_with_indices", TORCH_BOX(&max_pool_with_indices));
 }
 
 }  // namespace

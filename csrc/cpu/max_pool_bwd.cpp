@@ -15,43 +15,48 @@ namespace {
 class Resolver {
  public:
   explicit Resolver(const PoolBwd& a)
-      : h_(a.shape.h), w_(a.shape.w), gaps_(h_.dilation > h_.in || w_.dilation > w_.in) {
+      : d_(a.shape.d), h_(a.shape.h), w_(a.shape.w), gaps_(jumps(d_) || jumps(h_) || jumps(w_)) {
     if (a.flat) return;
     for (int64_t tap = 0; tap < 256; ++tap) {
-      const bool exists = tap < h_.kernel * w_.kernel;
-      row_[tap] = exists ? tap / w_.kernel * h_.dilation : kNowhere;
-      col_[tap] = exists ? tap % w_.kernel * w_.dilation : kNowhere;
-      step_[tap] = exists ? int64_t(uint64_t(row_[tap]) * uint64_t(w_.in) + uint64_t(col_[tap])) : kNowhere;
+      const int64_t i = tap / (w_.kernel * h_.kernel), j = tap / w_.kernel % h_.kernel, k = tap % w_.kernel;
+      const bool exists = i < d_.kernel;
+      depth_[tap] = exists ? i * d_.dilation : kNowhere;
+      row_[tap] = exists ? j * h_.dilation : kNowhere;
+      col_[tap] = exists ? k * w_.dilation : kNowhere;
+      const uint64_t plane = uint64_t(depth_[tap]) * uint64_t(h_.in) + uint64_t(row_[tap]);
+      step_[tap] = exists ? int64_t(plane * uint64_t(w_.in) + uint64_t(col_[tap])) : kNowhere;
     }
   }
 
-  // Position in the plane that the index of output (oh, ow) points to, negative if outside.
-  int64_t operator()(uint8_t tap, int64_t oh, int64_t ow) const {
-    const int64_t row = window_start(h_, oh) + row_[tap], col = window_start(w_, ow) + col_[tap];
-    return uint64_t(row) < uint64_t(h_.in) && uint64_t(col) < uint64_t(w_.in) ? row * w_.in + col : -1;
+  // Position in the plane that the index of output (od, oh, ow) points to, negative if outside.
+  int64_t operator()(uint8_t tap, int64_t od, int64_t oh, int64_t ow) const {
+    const int64_t depth = window_start(d_, od) + depth_[tap], row = window_start(h_, oh) + row_[tap];
+    const int64_t col = window_start(w_, ow) + col_[tap];
+    const bool inside = uint64_t(depth) < uint64_t(d_.in) && uint64_t(row) < uint64_t(h_.in);
+    return inside && uint64_t(col) < uint64_t(w_.in) ? (depth * h_.in + row) * w_.in + col : -1;
   }
-  int64_t operator()(int64_t flat, int64_t oh, int64_t ow) const {
-    if (uint64_t(flat) >= uint64_t(h_.in * w_.in)) return -1;
+  int64_t operator()(int64_t flat, int64_t od, int64_t oh, int64_t ow) const {
+    if (uint64_t(flat) >= uint64_t(d_.in * h_.in * w_.in)) return -1;
     // A window whose taps all miss the input has a position in padding, which may look like another row's.
-    return gaps_ && !(reaches(h_, oh) && reaches(w_, ow)) ? -1 : flat;
+    return gaps_ && !(reaches(d_, od) && reaches(h_, oh) && reaches(w_, ow)) ? -1 : flat;
   }
   // The same for a window that lies inside the input as a whole.
-  int64_t inside(uint8_t tap, int64_t oh, int64_t ow) const {
-    return window_start(h_, oh) * w_.in + window_start(w_, ow) + step_[tap];
+  int64_t inside(uint8_t tap, int64_t od, int64_t oh, int64_t ow) const {
+    return (window_start(d_, od) * h_.in + window_start(h_, oh)) * w_.in + window_start(w_, ow) + step_[tap];
   }
-  int64_t inside(int64_t flat, int64_t oh, int64_t ow) const { return (*this)(flat, oh, ow); }
+  int64_t inside(int64_t flat, int64_t od, int64_t oh, int64_t ow) const { return (*this)(flat, od, oh, ow); }
 
  private:
-  static int64_t window_start(const PoolDim& d, int64_t o) { return o * d.stride - d.padding; }
+  static bool jumps(const PoolDim& d) { return d.dilation > d.in; }
   static bool reaches(const PoolDim& d, int64_t o) {
-    const int64_t start = window_start(d, o);
-    return (start < 0 ? start + ceil_div(-start, d.dilation) * d.dilation : start) < d.in;
+    const Span<int64_t> taps = inner_taps(d, o);
+    return taps.first < taps.last;
   }
 
   static constexpr int64_t kNowhere = -(int64_t(1) << 62);
-  const PoolDim h_, w_;
+  const PoolDim d_, h_, w_;
   const bool gaps_;
-  int64_t row_[256], col_[256], step_[256];
+  int64_t depth_[256], row_[256], col_[256], step_[256];
 };
 
 // Outputs [first, last) whose windows lie inside the input as a whole.
@@ -59,6 +64,7 @@ struct Interior {
   int64_t first, last;
 };
 inline Interior interior(const PoolDim& d) {
+  if (d.adaptive) return {0, 0};  // windows of several sizes, whose tap numbers may lie past their end
   const int64_t first = smaller(ceil_div(d.padding, d.stride), d.out);
   const int64_t last = floor_div(d.in - 1 - (d.kernel - 1) * d.dilation + d.padding, d.stride) + 1;
   return {first, larger(first, smaller(last, d.out))};
@@ -70,29 +76,31 @@ inline Interior interior(const PoolDim& d) {
 template <bool LAST, class I, class T, class C>
 void scatter_items(const PoolBwd& a, C* sums, int64_t begin, int64_t end) {
   const PoolShape& s = a.shape;
-  const int64_t inner = LAST ? s.channels : 1, row_outputs = s.w.out * inner, inputs = s.h.in * s.w.in * inner;
+  const int64_t inner = LAST ? s.channels : 1, row_outputs = s.w.out * inner, rows = s.d.out * s.h.out;
+  const int64_t inputs = s.d.in * s.h.in * s.w.in * inner;
   const Resolver resolve(a);
-  const Interior rows = interior(s.h), cols = interior(s.w);
+  const Interior depths = interior(s.d), heights = interior(s.h), cols = interior(s.w);
   for (int64_t item = begin; item < end; ++item) {
-    const T* dy = static_cast<const T*>(a.dy) + item * s.h.out * row_outputs;
-    const I* index = static_cast<const I*>(a.indices) + item * s.h.out * row_outputs;
+    const T* dy = static_cast<const T*>(a.dy) + item * rows * row_outputs;
+    const I* index = static_cast<const I*>(a.indices) + item * rows * row_outputs;
     T* dx = static_cast<T*>(a.dx) + item * inputs;
     if constexpr (is_same<T, C>) sums = dx;
     sweep<C>(inputs, [&](int64_t i, int, auto extent) { store(sums + i, Vec<C>{}, extent); });
     const auto add = [&](int64_t position, int64_t o, int64_t c) {
       if (position >= 0) sums[position * inner + c] += to_compute(dy[o]);
     };
-    for (int64_t oh = 0; oh < s.h.out; ++oh, dy += row_outputs, index += row_outputs) {
-      const bool row_inside = oh >= rows.first && oh < rows.last;
+    for (int64_t row = 0; row < rows; ++row, dy += row_outputs, index += row_outputs) {
+      const int64_t od = row / s.h.out, oh = row % s.h.out;
+      const bool row_inside = od >= depths.first && od < depths.last && oh >= heights.first && oh < heights.last;
       const int64_t first = row_inside ? cols.first : s.w.out, last = row_inside ? cols.last : s.w.out;
       const auto border = [&](int64_t from, int64_t to) {
         for (int64_t ow = from; ow < to; ++ow) {
-          for (int64_t c = 0, o = ow * inner; c < inner; ++c, ++o) add(resolve(index[o], oh, ow), o, c);
+          for (int64_t c = 0, o = ow * inner; c < inner; ++c, ++o) add(resolve(index[o], od, oh, ow), o, c);
         }
       };
       border(0, first);
       for (int64_t ow = first; ow < last; ++ow) {
-        for (int64_t c = 0, o = ow * inner; c < inner; ++c, ++o) add(resolve.inside(index[o], oh, ow), o, c);
+        for (int64_t c = 0, o = ow * inner; c < inner; ++c, ++o) add(resolve.inside(index[o], od, oh, ow), o, c);
       }
       border(last, s.w.out);
     }
@@ -115,22 +123,6 @@ void scatter(const PoolBwd& a, C* sums, int64_t begin, int64_t end) {
 
 // ---- backward, channels-last layout
 
-// Windows [first, last) of one dimension that span input position `in`; with a dilation some of them pass over it.
-struct Covering {
-  int64_t first, last;
-};
-inline Covering covering(const PoolDim& d, int64_t in) {
-  const int64_t last = floor_div(in + d.padding, d.stride) + 1;
-  const int64_t first = ceil_div(in + d.padding - (d.kernel - 1) * d.dilation, d.stride);
-  return {larger(first, 0), smaller(last, d.out)};
-}
-// Tap of window o that reads input position `in`, -1 if it passes over it.
-inline int64_t tap_at(const PoolDim& d, int64_t o, int64_t in) {
-  const int64_t distance = in - (o * d.stride - d.padding);
-  if (d.dilation == 1) return distance;
-  return distance % d.dilation == 0 ? distance / d.dilation : -1;
-}
-
 template <class C, class Extent>
 inline Mask<C> points_to(const uint8_t* index, int64_t tap, Extent extent) {
   return equal(load_bytes<C>(index, extent), splat(int_t<C>(tap)));
@@ -140,28 +132,37 @@ inline Mask<C> points_to(const int64_t* index, int64_t position, Extent extent) 
   return equal_int64<C>(index, position, extent);
 }
 
+// The windows that span one input pixel, and where it lies in the plane.
+struct Pixel {
+  int64_t n, id, ih, iw, place;
+  Span<int64_t> depths, rows, cols;
+};
+
 // U vectors of channels of one input pixel.
 template <int U, class I, class T, class C, class Extent>
-inline void gather_channels(const PoolBwd& a, int64_t n, int64_t ih, int64_t iw, Covering rows, Covering cols,
-                            int64_t c, Extent extent) {
+inline void gather_channels(const PoolBwd& a, const Pixel& p, int64_t c, Extent extent) {
   const PoolShape& s = a.shape;
   Vec<C> sums[U] = {};
-  for (int64_t oh = rows.first; oh < rows.last; ++oh) {
-    const int64_t i = tap_at(s.h, oh, ih);
+  for (int64_t od = p.depths.first; od < p.depths.last; ++od) {
+    const int64_t i = tap_at(s.d, od, p.id);
     if (i < 0) continue;
-    for (int64_t ow = cols.first; ow < cols.last; ++ow) {
-      const int64_t j = tap_at(s.w, ow, iw);
+    for (int64_t oh = p.rows.first; oh < p.rows.last; ++oh) {
+      const int64_t j = tap_at(s.h, oh, p.ih);
       if (j < 0) continue;
-      const int64_t from = ((n * s.h.out + oh) * s.w.out + ow) * s.channels + c;
-      const int64_t wanted = sizeof(I) == 1 ? i * s.w.kernel + j : ih * s.w.in + iw;
-      for (int u = 0; u < U; ++u) {
-        const int64_t at = from + u * kLanes<C>;
-        const Mask<C> mask = points_to<C>(static_cast<const I*>(a.indices) + at, wanted, extent);
-        sums[u] += select<C>(mask, load(static_cast<const T*>(a.dy) + at, extent), Vec<C>{});
+      for (int64_t ow = p.cols.first; ow < p.cols.last; ++ow) {
+        const int64_t k = tap_at(s.w, ow, p.iw);
+        if (k < 0) continue;
+        const int64_t from = (((p.n * s.d.out + od) * s.h.out + oh) * s.w.out + ow) * s.channels + c;
+        const int64_t wanted = sizeof(I) == 1 ? (i * s.h.kernel + j) * s.w.kernel + k : p.place;
+        for (int u = 0; u < U; ++u) {
+          const int64_t at = from + u * kLanes<C>;
+          const Mask<C> mask = points_to<C>(static_cast<const I*>(a.indices) + at, wanted, extent);
+          sums[u] += select<C>(mask, load(static_cast<const T*>(a.dy) + at, extent), Vec<C>{});
+        }
       }
     }
   }
-  T* dx = static_cast<T*>(a.dx) + ((n * s.h.in + ih) * s.w.in + iw) * s.channels + c;
+  T* dx = static_cast<T*>(a.dx) + (p.n * s.d.in * s.h.in * s.w.in + p.place) * s.channels + c;
   for (int u = 0; u < U; ++u) store(dx + u * kLanes<C>, sums[u], extent);
 }
 
@@ -170,16 +171,21 @@ template <class I, class T, class C>
 void gather_rows(const PoolBwd& a, int64_t begin, int64_t end) {
   const PoolShape& s = a.shape;
   constexpr int L = kLanes<C>;
+  Pixel p;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = item / s.h.in, ih = item % s.h.in;
-    const Covering rows = covering(s.h, ih);
-    for (int64_t iw = 0; iw < s.w.in; ++iw) {
-      const Covering cols = covering(s.w, iw);
+    p.n = item / (s.h.in * s.d.in);
+    p.id = item / s.h.in % s.d.in;
+    p.ih = item % s.h.in;
+    p.depths = covering(s.d, p.id);
+    p.rows = covering(s.h, p.ih);
+    for (p.iw = 0; p.iw < s.w.in; ++p.iw) {
+      p.cols = covering(s.w, p.iw);
+      p.place = (p.id * s.h.in + p.ih) * s.w.in + p.iw;
       int64_t c = 0;
-      for (; c + 16 * L <= s.channels; c += 16 * L) gather_channels<16, I, T, C>(a, n, ih, iw, rows, cols, c, Whole{});
-      for (; c + 4 * L <= s.channels; c += 4 * L) gather_channels<4, I, T, C>(a, n, ih, iw, rows, cols, c, Whole{});
-      for (; c + L <= s.channels; c += L) gather_channels<1, I, T, C>(a, n, ih, iw, rows, cols, c, Whole{});
-      if (c < s.channels) gather_channels<1, I, T, C>(a, n, ih, iw, rows, cols, c, Part{s.channels - c});
+      for (; c + 16 * L <= s.channels; c += 16 * L) gather_channels<16, I, T, C>(a, p, c, Whole{});
+      for (; c + 4 * L <= s.channels; c += 4 * L) gather_channels<4, I, T, C>(a, p, c, Whole{});
+      for (; c + L <= s.channels; c += L) gather_channels<1, I, T, C>(a, p, c, Whole{});
+      if (c < s.channels) gather_channels<1, I, T, C>(a, p, c, Part{s.channels - c});
     }
   }
 }
@@ -191,18 +197,19 @@ template <class I, class T>
 void pick_items(const PoolBwd& a, int64_t begin, int64_t end) {
   const PoolShape& s = a.shape;
   const Resolver resolve(a);
-  const int64_t rows = s.channels_last ? 1 : s.h.out, inner = s.channels_last ? s.channels : 1;
+  const int64_t plane_rows = s.d.out * s.h.out, inner = s.channels_last ? s.channels : 1;
+  const int64_t rows = s.channels_last ? 1 : plane_rows;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t outputs = item * rows * s.w.out * inner;
-    const int64_t image = s.channels_last ? item / s.h.out : item;
-    const T* x = static_cast<const T*>(a.dy) + image * s.h.in * s.w.in * inner;
+    const int64_t image = s.channels_last ? item / plane_rows : item;
+    const T* x = static_cast<const T*>(a.dy) + image * s.d.in * s.h.in * s.w.in * inner;
     const I* index = static_cast<const I*>(a.indices) + outputs;
     T* y = static_cast<T*>(a.dx) + outputs;
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t oh = s.channels_last ? item % s.h.out : row;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = s.channels_last ? item % plane_rows : r;
       for (int64_t ow = 0; ow < s.w.out; ++ow) {
         for (int64_t c = 0; c < inner; ++c, ++index, ++y) {
-          const int64_t position = resolve(*index, oh, ow);
+          const int64_t position = resolve(*index, row / s.h.out, row % s.h.out, ow);
           *y = position >= 0 ? x[position * inner + c] : T{};
         }
       }
@@ -217,7 +224,7 @@ void max_pool_scatter(const PoolBwd& a, void* sums, int64_t begin, int64_t end) 
   PYDL_FLOAT_SWITCH(a.dtype, scatter<T>(a, static_cast<compute_t<T>*>(sums), begin, end));
 }
 
-// Rows [begin, end) of the batch * h.in input rows of the channels-last layout.
+// Rows [begin, end) of the batch * d.in * h.in input rows of the channels-last layout.
 void max_pool_gather_rows(const PoolBwd& a, int64_t begin, int64_t end) {
   if (a.flat) {
     PYDL_FLOAT_SWITCH(a.dtype, gather_rows<int64_t, T, compute_t<T>>(a, begin, end));
@@ -252,28 +259,27 @@ void run_scatter(const PoolBwd& a) {
   const PoolShape& s = a.shape;
   const Dtype compute = host::compute_dtype(a.dtype);
   const int64_t items = s.channels_last ? s.batch : s.batch * s.channels, inner = s.channels_last ? s.channels : 1;
-  const int64_t inputs = s.h.in * s.w.in * inner, outputs = s.h.out * s.w.out * inner;
+  const int64_t inputs = s.d.in * s.h.in * s.w.in * inner, outputs = s.d.out * s.h.out * s.w.out * inner;
   host::parallel(items, inputs / 4 + outputs * 4, [&](int64_t begin, int64_t end) {
     const host::Scratch sums(compute == a.dtype ? 0 : inputs * host::size_of(compute));
     PYDL_CPU_DISPATCH(max_pool_scatter)(a, sums.get(), begin, end);
   });
 }
 
-Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t height, int64_t width,
-                      const Sizes& window) {
-  const char* const op = "max_pool2d_bwd";
-  const PoolShape s = index_shape(op, Array(indices_in), height, width, window);
+Tensor max_pool_bwd(const Tensor& dy_in, const Tensor& indices_in, const Sizes& size, const Sizes& window) {
+  const char* const op = "max_pool_bwd";
+  const PoolShape s = index_shape(op, indices_in, size.data(), int64_t(size.size()), window);
   const Tensor dy = dense_in(dy_in, s.channels_last), indices = dense_in(indices_in, s.channels_last);
   const Array grad(dy), index(indices);
   STD_TORCH_CHECK(host::is_floating(grad.dtype), op, ": dy must be float32, float64, float16 or bfloat16");
-  STD_TORCH_CHECK(grad.dim == 4 && std::equal(grad.sizes, grad.sizes + 4, index.sizes), op,
+  STD_TORCH_CHECK(grad.dim == index.dim && std::equal(grad.sizes, grad.sizes + grad.dim, index.sizes), op,
                   ": dy must have the shape of indices");
   Output dx = empty_pool(s, false, grad.dtype);
   if (s.batch * s.channels == 0) return std::move(dx.tensor);
   const PoolBwd a{s, grad.data, index.data, dx.data, index.dtype == Dtype::kInt64, grad.dtype};
   constexpr int64_t kFewChannels = 8;  // fewer leave most lanes of a vector empty
   if (s.channels_last && s.channels >= kFewChannels) {
-    host::parallel(s.batch * height, width * s.channels * 4,
+    host::parallel(s.batch * s.d.in * s.h.in, s.w.in * s.channels * 4,
                    [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_gather_rows)(a, begin, end); });
   } else {
     run_scatter(a);
@@ -281,20 +287,20 @@ Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t hei
   return std::move(dx.tensor);
 }
 
-Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Sizes& window) {
-  const char* const op = "max_pool2d_gather";
+Tensor max_pool_gather(const Tensor& x_in, const Tensor& indices_in, const Sizes& window) {
+  const char* const op = "max_pool_gather";
   const Array meta(x_in);
-  STD_TORCH_CHECK(meta.dim == 4, op, ": x must have 4 dimensions, got ", meta.dim);
+  STD_TORCH_CHECK(meta.dim >= 3 && meta.dim <= 5, op, ": x must have 3 to 5 dimensions, got ", meta.dim);
   STD_TORCH_CHECK(host::is_floating(meta.dtype), op, ": x must be float32, float64, float16 or bfloat16");
-  const PoolShape s = index_shape(op, Array(indices_in), meta.sizes[2], meta.sizes[3], window);
+  const PoolShape s = index_shape(op, indices_in, meta.sizes + 2, meta.dim - 2, window);
   STD_TORCH_CHECK(meta.sizes[0] == s.batch && meta.sizes[1] == s.channels, op, ": indices must have ", meta.sizes[0],
                   " x ", meta.sizes[1], " planes as x, got ", s.batch, " x ", s.channels);
   const Tensor x = dense_in(x_in, s.channels_last), indices = dense_in(indices_in, s.channels_last);
   const Array input(x), index(indices);
   Output y = empty_pool(s, true, meta.dtype);
   const PoolBwd a{s, input.data, index.data, y.data, index.dtype == Dtype::kInt64, meta.dtype};
-  const int64_t items = s.batch * (s.channels_last ? s.h.out : s.channels);
-  const int64_t outputs = s.w.out * (s.channels_last ? s.channels : s.h.out);
+  const int64_t rows = s.d.out * s.h.out, items = s.batch * (s.channels_last ? rows : s.channels);
+  const int64_t outputs = s.w.out * (s.channels_last ? s.channels : rows);
   if (outputs > 0) {
     host::parallel(items, outputs * 4,
                    [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_pick)(a, begin, end); });
@@ -303,8 +309,8 @@ Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Siz
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pydl, CPU, m) {
-  m.impl("max_pool2d_bwd", TORCH_BOX(&max_pool2d_bwd));
-  m.impl("max_pool2d_gather", TORCH_BOX(&max_pool2d_gather));
+  m.impl("max_pool_bwd", TORCH_BOX(&max_pool_bwd));
+  m.impl("max_pool_gather", TORCH_BOX(&max_pool_gather));
 }
 
 }  // namespace

@@ -6,23 +6,44 @@
 namespace pydl::PYDL_ISA {
 namespace {
 
-// U vectors of channels of one output pixel; x points at the window's first tap inside the input.
+// The taps of one output pixel inside the input, and where the window's tap 0 lies in the plane.
+struct WindowTaps {
+  Span<int64_t> d, h, w;
+  int64_t origin;
+
+  bool empty() const { return d.first >= d.last || h.first >= h.last || w.first >= w.last; }
+};
+inline WindowTaps window_taps(const PoolShape& s, int64_t od, int64_t oh, int64_t ow) {
+  const int64_t origin = (window_start(s.d, od) * s.h.in + window_start(s.h, oh)) * s.w.in + window_start(s.w, ow);
+  return {inner_taps(s.d, od), inner_taps(s.h, oh), inner_taps(s.w, ow), origin};
+}
+inline int64_t tap_number(const PoolShape& s, int64_t i, int64_t j, int64_t k) {
+  return (i * s.h.kernel + j) * s.w.kernel + k;
+}
+// Distance of a tap from tap 0 in the plane.
+inline int64_t tap_distance(const PoolShape& s, int64_t i, int64_t j, int64_t k) {
+  return (i * s.d.dilation * s.h.in + j * s.h.dilation) * s.w.in + k * s.w.dilation;
+}
+
+// U vectors of channels of one output pixel; x points at its image's first channel of the vectors.
 template <int U, bool INDEX, class T, class C, class Extent>
-inline void pool_channels(const PoolFwd& a, const T* x, Taps rows, Taps cols, int64_t position, int64_t window,
-                          Extent extent) {
+inline void pool_channels(const PoolFwd& a, const T* x, const WindowTaps& t, int64_t position, Extent extent) {
   const PoolShape& s = a.shape;
   Best<C, INDEX, true> best[U];
-  for (int u = 0; u < U; ++u) best[u] = {splat(-kInfinity<C>), splat_int<C>(rows.first * s.w.kernel + cols.first)};
-  for (int64_t i = rows.first; i < rows.last; ++i) {
-    const T* tap = x + (i - rows.first) * s.h.dilation * s.w.in * s.channels;
-    for (int64_t j = cols.first; j < cols.last; ++j, tap += s.w.dilation * s.channels) {
-      const IntVec<C> number = splat_int<C>(i * s.w.kernel + j);
-      for (int u = 0; u < U; ++u) best[u].take(load(tap + u * kLanes<C>, extent), number);
+  const IntVec<C> first = splat_int<C>(tap_number(s, t.d.first, t.h.first, t.w.first));
+  for (int u = 0; u < U; ++u) best[u] = {splat(-kInfinity<C>), first};
+  for (int64_t i = t.d.first; i < t.d.last; ++i) {
+    for (int64_t j = t.h.first; j < t.h.last; ++j) {
+      const T* tap = x + (t.origin + tap_distance(s, i, j, t.w.first)) * s.channels;
+      for (int64_t k = t.w.first; k < t.w.last; ++k, tap += s.w.dilation * s.channels) {
+        const IntVec<C> number = splat_int<C>(tap_number(s, i, j, k));
+        for (int u = 0; u < U; ++u) best[u].take(load(tap + u * kLanes<C>, extent), number);
+      }
     }
   }
   for (int u = 0; u < U; ++u) {
     store(static_cast<T*>(a.y) + position + u * kLanes<C>, best[u].value, extent);
-    if constexpr (INDEX) store_indices<C>(a, position + u * kLanes<C>, window, 0, best[u].tap, extent);
+    if constexpr (INDEX) store_indices<C>(a, position + u * kLanes<C>, t.origin, 0, best[u].tap, extent);
   }
 }
 
@@ -35,29 +56,19 @@ void channels_last_rows(const PoolFwd& a, int64_t begin, int64_t end) {
   const PoolShape& s = a.shape;
   constexpr int L = kLanes<C>;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = item / s.h.out, oh = item % s.h.out;
-    const Taps rows = inner_taps(s.h, oh);
-    const int64_t top = oh * s.h.stride - s.h.padding;
+    const int64_t oh = item % s.h.out, od = item / s.h.out % s.d.out, n = item / (s.h.out * s.d.out);
+    const T* x = static_cast<const T*>(a.x) + n * s.d.in * s.h.in * s.w.in * s.channels;
     for (int64_t ow = 0; ow < s.w.out; ++ow) {
-      const Taps cols = inner_taps(s.w, ow);
-      const int64_t left = ow * s.w.stride - s.w.padding, position = (item * s.w.out + ow) * s.channels;
-      const int64_t ih = top + rows.first * s.h.dilation, iw = left + cols.first * s.w.dilation;
-      const bool empty = rows.first == rows.last || cols.first == cols.last;
-      const T* x = static_cast<const T*>(a.x) + (empty ? 0 : ((n * s.h.in + ih) * s.w.in + iw) * s.channels);
-      const int64_t window = top * s.w.in + left;
+      WindowTaps t = window_taps(s, od, oh, ow);
+      if (t.empty()) t.d.last = t.d.first;
+      const int64_t position = (item * s.w.out + ow) * s.channels;
       int64_t c = 0;
       for (; c + kMany * L <= s.channels; c += kMany * L) {
-        pool_channels<kMany, INDEX, T, C>(a, x + c, rows, cols, position + c, window, Whole{});
+        pool_channels<kMany, INDEX, T, C>(a, x + c, t, position + c, Whole{});
       }
-      for (; c + 4 * L <= s.channels; c += 4 * L) {
-        pool_channels<4, INDEX, T, C>(a, x + c, rows, cols, position + c, window, Whole{});
-      }
-      for (; c + L <= s.channels; c += L) {
-        pool_channels<1, INDEX, T, C>(a, x + c, rows, cols, position + c, window, Whole{});
-      }
-      if (c < s.channels) {
-        pool_channels<1, INDEX, T, C>(a, x + c, rows, cols, position + c, window, Part{s.channels - c});
-      }
+      for (; c + 4 * L <= s.channels; c += 4 * L) pool_channels<4, INDEX, T, C>(a, x + c, t, position + c, Whole{});
+      for (; c + L <= s.channels; c += L) pool_channels<1, INDEX, T, C>(a, x + c, t, position + c, Whole{});
+      if (c < s.channels) pool_channels<1, INDEX, T, C>(a, x + c, t, position + c, Part{s.channels - c});
     }
   }
 }
@@ -67,42 +78,44 @@ void channels_last_rows(const PoolFwd& a, int64_t begin, int64_t end) {
 template <class T, class C>
 void plain_outputs(const PoolFwd& a, int64_t begin, int64_t end) {
   const PoolShape& s = a.shape;
-  const int64_t step = s.channels_last ? s.channels : 1;
+  const int64_t step = s.channels_last ? s.channels : 1, pixels = s.d.out * s.h.out * s.w.out;
+  const int64_t inputs = s.d.in * s.h.in * s.w.in;
   for (int64_t position = begin; position < end; ++position) {
-    const int64_t channel = s.channels_last ? position % s.channels : position / (s.h.out * s.w.out) % s.channels;
+    const int64_t channel = s.channels_last ? position % s.channels : position / pixels % s.channels;
     const int64_t pixel = s.channels_last ? position / s.channels : position;
-    const int64_t ow = pixel % s.w.out, oh = pixel / s.w.out % s.h.out;
-    const int64_t n = position / (s.channels * s.h.out * s.w.out);
-    const T* x = static_cast<const T*>(a.x) + n * s.channels * s.h.in * s.w.in +
-                 channel * (s.channels_last ? 1 : s.h.in * s.w.in);
-    const Taps rows = inner_taps(s.h, oh), cols = inner_taps(s.w, ow);
-    const int64_t top = oh * s.h.stride - s.h.padding, left = ow * s.w.stride - s.w.padding;
+    const int64_t od = pixel / (s.w.out * s.h.out) % s.d.out, oh = pixel / s.w.out % s.h.out, ow = pixel % s.w.out;
+    const T* x = static_cast<const T*>(a.x) + position / (s.channels * pixels) * s.channels * inputs +
+                 channel * (s.channels_last ? 1 : inputs);
+    const WindowTaps t = window_taps(s, od, oh, ow);
     C best = -kInfinity<C>;
-    int64_t best_i = rows.first, best_j = cols.first;
-    for (int64_t i = rows.first; i < rows.last; ++i) {
-      for (int64_t j = cols.first; j < cols.last; ++j) {
-        const C v = to_compute(x[((top + i * s.h.dilation) * s.w.in + left + j * s.w.dilation) * step]);
-        if (v > best || v != v) {
-          best = v;
-          best_i = i;
-          best_j = j;
+    int64_t tap = tap_number(s, t.d.first, t.h.first, t.w.first);
+    int64_t place = t.origin + tap_distance(s, t.d.first, t.h.first, t.w.first);
+    for (int64_t i = t.d.first; i < t.d.last; ++i) {
+      for (int64_t j = t.h.first; j < t.h.last; ++j) {
+        for (int64_t k = t.w.first; k < t.w.last; ++k) {
+          const int64_t at = t.origin + tap_distance(s, i, j, k);
+          const C v = to_compute(x[at * step]);
+          if (v > best || v != v) {
+            best = v;
+            tap = tap_number(s, i, j, k);
+            place = at;
+          }
         }
       }
     }
     from_compute(best, static_cast<T*>(a.y) + position);
     if (a.indices == nullptr) continue;
     if (a.flat) {
-      static_cast<int64_t*>(a.indices)[position] =
-          (top + best_i * s.h.dilation) * s.w.in + left + best_j * s.w.dilation;
+      static_cast<int64_t*>(a.indices)[position] = place;
     } else {
-      static_cast<uint8_t*>(a.indices)[position] = uint8_t(best_i * s.w.kernel + best_j);
+      static_cast<uint8_t*>(a.indices)[position] = uint8_t(tap);
     }
   }
 }
 
 }  // namespace
 
-// Rows [begin, end) of the batch * h.out output rows of the channels-last layout.
+// Rows [begin, end) of the batch * d.out * h.out output rows of the channels-last layout.
 void max_pool_rows(const PoolFwd& a, int64_t begin, int64_t end) {
   if (a.indices == nullptr) {
     PYDL_FLOAT_SWITCH(a.dtype, channels_last_rows<false, T, compute_t<T>>(a, begin, end));

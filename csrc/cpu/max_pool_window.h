@@ -1,4 +1,4 @@
-// One pooling window: which of its taps lie inside the input, and the running best of a vector of windows.
+// The running best of a vector of windows, and where its tap's number goes.
 #pragma once
 
 #include "common/pool.h"
@@ -6,17 +6,6 @@
 
 namespace pydl::PYDL_ISA {
 namespace {
-
-// Taps [first, last) of output o that lie inside the input.
-struct Taps {
-  int64_t first, last;
-};
-inline Taps inner_taps(const PoolDim& d, int64_t o) {
-  const int64_t start = o * d.stride - d.padding;
-  const int64_t first = start < 0 ? ceil_div(-start, d.dilation) : 0;
-  const int64_t last = start < d.in ? smaller(d.kernel, ceil_div(d.in - start, d.dilation)) : 0;
-  return {first, larger(first, last)};
-}
 
 // Whether v takes the place of the best so far.
 template <bool NAN_SEEN, class C>

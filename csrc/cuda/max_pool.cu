@@ -29,21 +29,24 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
                         int64_t* __restrict__ flat, Pool p, uint64_t outputs) {
   uint64_t item = thread_item();
   if (item >= outputs) return;
-  Place at = place_of(p, item, p.h.out, p.w.out);
-  int top = at.row * p.h.stride - p.h.padding, left = at.col * p.w.stride - p.w.padding;
-  int first_row = first_tap(p.h, at.row), first_col = first_tap(p.w, at.col);
-  Best<acc_t<T>> best{-INFINITY, first_row * p.w.kernel + first_col};
-  for (int kh = first_row; kh < p.h.kernel && top + kh * p.h.dilation < p.h.in; ++kh) {
-    for (int kw = first_col; kw < p.w.kernel && left + kw * p.w.dilation < p.w.in; ++kw) {
-      int row = top + kh * p.h.dilation, col = left + kw * p.w.dilation;
-      take<true>(best, to_acc(x[offset_of(p, at.n, at.c, row, col, p.h.in, p.w.in)]), kh * p.w.kernel + kw);
+  const Extents in = inputs_of(p);
+  Place at = place_of(p, item, outputs_of(p));
+  Span<int> depths = inner_taps(p.d, at.d), rows = inner_taps(p.h, at.h), cols = inner_taps(p.w, at.w);
+  int front = window_start(p.d, at.d), top = window_start(p.h, at.h), left = window_start(p.w, at.w);
+  Best<acc_t<T>> best{-INFINITY, tap_number(p, depths.first, rows.first, cols.first)};
+  for (int i = depths.first; i < depths.last; ++i) {
+    for (int j = rows.first; j < rows.last; ++j) {
+      for (int k = cols.first; k < cols.last; ++k) {
+        int64_t pixel = pixel_of(in, front + i * p.d.dilation, top + j * p.h.dilation, left + k * p.w.dilation);
+        take<true>(best, to_acc(x[offset_of(p, at.n, at.c, in.pixels(), pixel)]), tap_number(p, i, j, k));
+      }
     }
   }
   y[item] = from_acc<T>(best.value);
   if (offsets != nullptr) offsets[item] = uint8_t(best.tap);
   if (flat != nullptr) {
-    int kh = best.tap / p.w.kernel, kw = best.tap % p.w.kernel;
-    flat[item] = int64_t(top + kh * p.h.dilation) * p.w.in + left + kw * p.w.dilation;
+    int k = best.tap % p.w.kernel, j = best.tap / p.w.kernel % p.h.kernel, i = best.tap / p.w.kernel / p.h.kernel;
+    flat[item] = pixel_of(in, front + i * p.d.dilation, top + j * p.h.dilation, left + k * p.w.dilation);
   }
 }
 
@@ -149,23 +152,25 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
   if (item >= items) return;
   int64_t out = int64_t(item) * N;
   int c = take_digit(item, p.channels / N) * N;
-  int ow = take_digit(item, p.w.out), oh = take_digit(item, p.h.out);
-  int top = oh * p.h.stride - p.h.padding, left = ow * p.w.stride - p.w.padding;
-  int first_row = first_tap(p.h, oh), first_col = first_tap(p.w, ow);
+  int ow = take_digit(item, p.w.out), oh = take_digit(item, p.h.out), od = take_digit(item, p.d.out);
+  Span<int> depths = inner_taps(p.d, od), rows = inner_taps(p.h, oh);
+  int front = window_start(p.d, od), top = window_start(p.h, oh), left = window_start(p.w, ow);
   const int kernel = KW > 0 ? KW : p.w.kernel;
-  x += int64_t(item) * p.h.in * p.w.in * p.channels + c;
+  x += int64_t(item) * inputs_of(p).pixels() * p.channels + c;
   Best<float> best[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) best[i] = {-INFINITY, first_row * kernel + first_col};
-  for (int kh = first_row; kh < p.h.kernel && top + kh * p.h.dilation < p.h.in; ++kh) {
-    const T* row = x + int64_t(top + kh * p.h.dilation) * p.w.in * p.channels;
+  for (int n = 0; n < N; ++n) best[n] = {-INFINITY, tap_number(p, depths.first, rows.first, inner_taps(p.w, ow).first)};
+  for (int i = depths.first; i < depths.last; ++i) {
+    for (int j = rows.first; j < rows.last; ++j) {
+      const T* row = x + pixel_of(inputs_of(p), front + i * p.d.dilation, top + j * p.h.dilation, 0) * p.channels;
 #pragma unroll KW> 0 ? KW : 1
-    for (int kw = 0; kw < kernel; ++kw) {
-      int col = left + kw * p.w.dilation;
-      if (col < 0 || col >= p.w.in) continue;
-      Pack<T, N> pack = load_pack<N>(row + int64_t(col) * p.channels);
+      for (int k = 0; k < kernel; ++k) {
+        int col = left + k * p.w.dilation;
+        if (col < 0 || col >= p.w.in) continue;
+        Pack<T, N> pack = load_pack<N>(row + int64_t(col) * p.channels);
 #pragma unroll
-      for (int i = 0; i < N; ++i) take<INDEX>(best[i], to_acc(pack.at[i]), kh * kernel + kw);
+        for (int n = 0; n < N; ++n) take<INDEX>(best[n], to_acc(pack.at[n]), tap_number(p, i, j, k));
+      }
     }
   }
   store_outputs<T, INDEX, N>(best, y + out, INDEX ? offsets + out : nullptr, N, true);
@@ -186,7 +191,7 @@ struct Forward {
 template <typename T>
 void launch_any(const Forward& f) {
   const Pool& p = f.pool;
-  int64_t outputs = p.batch * p.channels * p.h.out * p.w.out;
+  int64_t outputs = p.batch * p.channels * outputs_of(p).pixels();
   PYDL_LAUNCH(max_pool_any_kernel<T>, pool_grid(f.op, outputs), kPoolThreads, 0, f.stream, static_cast<const T*>(f.x),
               static_cast<T*>(f.y), f.flat ? nullptr : static_cast<uint8_t*>(f.indices),
               f.flat ? static_cast<int64_t*>(f.indices) : nullptr, p, uint64_t(outputs));
@@ -206,7 +211,7 @@ void launch_window(const Forward& f) {
 template <typename T, bool INDEX>
 void launch_channels(const Forward& f) {
   const Pool& p = f.pool;
-  int64_t items = p.batch * p.h.out * p.w.out * (p.channels / (kVectorBytes / int(sizeof(T))));
+  int64_t items = p.batch * outputs_of(p).pixels() * (p.channels / (kVectorBytes / int(sizeof(T))));
   auto launch = [&]<int KW>() {
     PYDL_LAUNCH((max_pool_channels_kernel<T, INDEX, KW>), pool_grid(f.op, items), kPoolThreads, 0, f.stream,
                 static_cast<const T*>(f.x), static_cast<T*>(f.y), static_cast<uint8_t*>(f.indices), p, uint64_t(items));
@@ -230,7 +235,7 @@ template <typename T, bool INDEX>
 void launch_forward(const Forward& f) {
   if constexpr (sizeof(T) <= 4) {
     bool packs = f.pool.channels % (kVectorBytes / int(sizeof(T))) == 0 && is_aligned(f.x, kVectorBytes);
-    if (!f.flat && f.pool.channels_last && packs) return launch_channels<T, INDEX>(f);
+    if (!f.flat && f.pool.channels_last && packs && !f.pool.w.adaptive) return launch_channels<T, INDEX>(f);
     if (!f.flat && !f.pool.channels_last && launch_contiguous<T, INDEX>(f)) return;
   }
   launch_any<T>(f);
@@ -250,20 +255,19 @@ Pooled pool_forward(const char* op, const Tensor& x_in, const PoolShape& s, bool
   const Array meta(x);
   Pooled out{empty_planes(guard, s, true, meta.dtype), std::nullopt};
   if (with_indices) out.indices = empty_planes(guard, s, true, flat ? Dtype::kInt64 : Dtype::kUInt8);
-  if (s.batch == 0 || s.channels == 0) return out;
+  if (Array(out.y.tensor).numel() == 0) return out;
   Forward f{meta.data, out.y.data, with_indices ? out.indices->data : nullptr, flat, pool, guard.stream(), op};
   PYDL_CUDA_FLOAT_SWITCH(meta.dtype, with_indices ? launch_forward<T, true>(f) : launch_forward<T, false>(f));
   return out;
 }
 
-Tensor max_pool2d_values(const Tensor& x, const Sizes& window, bool ceil_mode) {
-  const char* const op = "max_pool2d_values";
-  const PoolShape s = forward_shape(op, x, window, ceil_mode);
-  return std::move(pool_forward(op, x, s, false, false).y.tensor);
+Tensor max_pool_values(const Tensor& x, const Sizes& window, bool ceil_mode) {
+  const char* const op = "max_pool_values";
+  return std::move(pool_forward(op, x, forward_shape(op, x, window, ceil_mode), false, false).y.tensor);
 }
 
-std::tuple<Tensor, Tensor> max_pool2d_with_indices(const Tensor& x, const Sizes& window, bool ceil_mode, bool flat) {
-  const char* const op = "max_pool2d_with_indices";
+std::tuple<Tensor, Tensor> max_pool_with_indices(const Tensor& x, const Sizes& window, bool ceil_mode, bool flat) {
+  const char* const op = "max_pool_with_indices";
   const PoolShape s = forward_shape(op, x, window, ceil_mode);
   Pooled out = pool_forward(op, x, s, true, flat || !offsets_fit(s));
   return {std::move(out.y.tensor), std::move(out.indices->tensor)};
@@ -272,8 +276,8 @@ std::tuple<Tensor, Tensor> max_pool2d_with_indices(const Tensor& x, const Sizes&
 }  // namespace
 
 PYDL_CUDA_LIBRARY_IMPL(m) {
-  m.impl("max_pool2d_values", TORCH_BOX(&max_pool2d_values));
-  m.impl("max_pool2d_with_indices", TORCH_BOX(&max_pool2d_with_indices));
+  m.impl("max_pool_values", TORCH_BOX(&max_pool_values));
+  m.impl("max_pool_with_indices", TORCH_BOX(&max_pool_with_indices));
 }
 
 }  // namespace pydl

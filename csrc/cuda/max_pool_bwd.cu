@@ -16,19 +16,22 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
                             const int64_t* __restrict__ flat, T* __restrict__ dx, Pool p, uint64_t inputs) {
   uint64_t item = thread_item();
   if (item >= inputs) return;
-  Place at = place_of(p, item, p.h.in, p.w.in);
-  Cover rows = cover_of(p.h, at.row), cols = cover_of(p.w, at.col);
-  int64_t own = int64_t(at.row) * p.w.in + at.col;
+  const Extents in = inputs_of(p), out = outputs_of(p);
+  Place at = place_of(p, item, in);
+  Span<int> depths = covering(p.d, at.d), rows = covering(p.h, at.h), cols = covering(p.w, at.w);
+  int64_t own = pixel_of(in, at.d, at.h, at.w);
   acc_t<T> sum = 0;
-  for (int oh = rows.first; oh <= rows.last; ++oh) {
-    int kh = tap_between(p.h, oh, at.row);
-    if (kh < 0) continue;
-    for (int ow = cols.first; ow <= cols.last; ++ow) {
-      int kw = tap_between(p.w, ow, at.col);
-      if (kw < 0) continue;
-      int64_t out = offset_of(p, at.n, at.c, oh, ow, p.h.out, p.w.out);
-      bool chosen = flat != nullptr ? flat[out] == own : int(offsets[out]) == kh * p.w.kernel + kw;
-      if (chosen) sum += to_acc(dy[out]);
+  for (int od = depths.first; od < depths.last; ++od) {
+    int i = tap_at(p.d, od, at.d);
+    for (int oh = rows.first; i >= 0 && oh < rows.last; ++oh) {
+      int j = tap_at(p.h, oh, at.h);
+      for (int ow = cols.first; j >= 0 && ow < cols.last; ++ow) {
+        int k = tap_at(p.w, ow, at.w);
+        if (k < 0) continue;
+        int64_t from = offset_of(p, at.n, at.c, out.pixels(), pixel_of(out, od, oh, ow));
+        bool chosen = flat != nullptr ? flat[from] == own : int(offsets[from]) == tap_number(p, i, j, k);
+        if (chosen) sum += to_acc(dy[from]);
+      }
     }
   }
   dx[item] = from_acc<T>(sum);
@@ -109,22 +112,25 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
   if (item >= items) return;
   int64_t in = int64_t(item) * N;
   int c = take_digit(item, p.channels / N) * N;
-  int iw = take_digit(item, p.w.in), ih = take_digit(item, p.h.in);
-  Cover rows = cover_of(p.h, ih), cols = cover_of(p.w, iw);
+  int iw = take_digit(item, p.w.in), ih = take_digit(item, p.h.in), id = take_digit(item, p.d.in);
+  Span<int> depths = covering(p.d, id), rows = covering(p.h, ih), cols = covering(p.w, iw);
+  const Extents outs = outputs_of(p);
   float sums[N] = {};
-  for (int oh = rows.first; oh <= rows.last; ++oh) {
-    int kh = tap_between(p.h, oh, ih);
-    if (kh < 0) continue;
-    int64_t row = (int64_t(item) * p.h.out + oh) * p.w.out;
-    for (int ow = cols.first; ow <= cols.last; ++ow) {
-      int kw = tap_between(p.w, ow, iw);
-      if (kw < 0) continue;
-      int64_t out = (row + ow) * p.channels + c;
-      Pack<uint8_t, N> taps = load_pack<N>(offsets + out);
-      Pack<T, N> grads = load_pack<N>(dy + out);
+  for (int od = depths.first; od < depths.last; ++od) {
+    int i = tap_at(p.d, od, id);
+    for (int oh = rows.first; i >= 0 && oh < rows.last; ++oh) {
+      int j = tap_at(p.h, oh, ih);
+      int64_t row = int64_t(item) * outs.pixels() + pixel_of(outs, od, oh, 0);
+      for (int ow = cols.first; j >= 0 && ow < cols.last; ++ow) {
+        int k = tap_at(p.w, ow, iw);
+        if (k < 0) continue;
+        int64_t from = (row + ow) * p.channels + c;
+        Pack<uint8_t, N> taps = load_pack<N>(offsets + from);
+        Pack<T, N> grads = load_pack<N>(dy + from);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (int(taps.at[i]) == kh * p.w.kernel + kw) sums[i] += to_acc(grads.at[i]);
+        for (int n = 0; n < N; ++n) {
+          if (int(taps.at[n]) == tap_number(p, i, j, k)) sums[n] += to_acc(grads.at[n]);
+        }
       }
     }
   }
@@ -141,19 +147,21 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
                            const int64_t* __restrict__ flat, T* __restrict__ y, Pool p, uint64_t outputs) {
   uint64_t item = thread_item();
   if (item >= outputs) return;
-  Place at = place_of(p, item, p.h.out, p.w.out);
-  int64_t row, col;
+  const Extents in = inputs_of(p);
+  Place at = place_of(p, item, outputs_of(p));
+  int64_t pixel = -1;
   if (flat != nullptr) {
-    row = flat[item] / p.w.in;
-    col = flat[item] - row * p.w.in;
+    if (flat[item] >= 0 && flat[item] < in.pixels()) pixel = flat[item];
   } else {
     int tap = offsets[item];
-    if (tap >= p.h.kernel * p.w.kernel) tap = -1;
-    row = at.row * p.h.stride - p.h.padding + int64_t(tap / p.w.kernel) * p.h.dilation;
-    col = tap < 0 ? -1 : at.col * p.w.stride - p.w.padding + int64_t(tap % p.w.kernel) * p.w.dilation;
+    int i = tap / p.w.kernel / p.h.kernel, j = tap / p.w.kernel % p.h.kernel, k = tap % p.w.kernel;
+    int64_t d = window_start(p.d, at.d) + int64_t(i) * p.d.dilation, h = window_start(p.h, at.h);
+    int64_t w = window_start(p.w, at.w) + int64_t(k) * p.w.dilation;
+    h += int64_t(j) * p.h.dilation;
+    bool inside = d >= 0 && d < in.d && h >= 0 && h < in.h && w >= 0 && w < in.w;
+    if (inside && i < p.d.kernel) pixel = pixel_of(in, int(d), int(h), int(w));
   }
-  bool inside = row >= 0 && row < p.h.in && col >= 0 && col < p.w.in;
-  y[item] = inside ? x[offset_of(p, at.n, at.c, int(row), int(col), p.h.in, p.w.in)] : from_acc<T>(acc_t<T>(0));
+  y[item] = pixel < 0 ? from_acc<T>(acc_t<T>(0)) : x[offset_of(p, at.n, at.c, in.pixels(), pixel)];
 }
 
 // ---- launchers
@@ -191,7 +199,7 @@ bool launch_vectorised(const Backward& b) {
     });
   }
   if (p.channels % N != 0 || !is_aligned(b.from, kVectorBytes) || !is_aligned(b.indices, N)) return false;
-  int64_t items = p.batch * p.h.in * p.w.in * (p.channels / N);
+  int64_t items = p.batch * inputs_of(p).pixels() * (p.channels / N);
   PYDL_LAUNCH(max_pool_bwd_channels_kernel<T>, pool_grid(b.op, items), kPoolThreads, 0, b.stream,
               static_cast<const T*>(b.from), b.offsets(), static_cast<T*>(b.to), p, uint64_t(items));
   return true;
@@ -202,7 +210,7 @@ void launch_backward(const Backward& b) {
   if constexpr (sizeof(T) <= 4) {
     if (launch_vectorised<T>(b)) return;
   }
-  int64_t inputs = b.pool.batch * b.pool.channels * b.pool.h.in * b.pool.w.in;
+  int64_t inputs = b.pool.batch * b.pool.channels * inputs_of(b.pool).pixels();
   PYDL_LAUNCH(max_pool_bwd_any_kernel<T>, pool_grid(b.op, inputs), kPoolThreads, 0, b.stream,
               static_cast<const T*>(b.from), b.offsets(), b.positions(), static_cast<T*>(b.to), b.pool,
               uint64_t(inputs));
@@ -210,7 +218,7 @@ void launch_backward(const Backward& b) {
 
 template <typename T>
 void launch_gather(const Backward& b) {
-  int64_t outputs = b.pool.batch * b.pool.channels * b.pool.h.out * b.pool.w.out;
+  int64_t outputs = b.pool.batch * b.pool.channels * outputs_of(b.pool).pixels();
   PYDL_LAUNCH(max_pool_gather_kernel<T>, pool_grid(b.op, outputs), kPoolThreads, 0, b.stream,
               static_cast<const T*>(b.from), b.offsets(), b.positions(), static_cast<T*>(b.to), b.pool,
               uint64_t(outputs));
@@ -218,17 +226,16 @@ void launch_gather(const Backward& b) {
 
 // ---- host functions
 
-Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t height, int64_t width,
-                      const Sizes& window) {
-  const char* const op = "max_pool2d_bwd";
-  const PoolShape s = index_shape(op, Array(indices_in), height, width, window);
+Tensor max_pool_bwd(const Tensor& dy_in, const Tensor& indices_in, const Sizes& size, const Sizes& window) {
+  const char* const op = "max_pool_bwd";
+  const PoolShape s = index_shape(op, indices_in, size.data(), int64_t(size.size()), window);
   const Pool pool = make_pool(op, s);
   const DeviceGuard guard(dy_in);
   guard.check_same(op, "indices", indices_in);
   const Tensor dy = dense_in(dy_in, s.channels_last), indices = dense_in(indices_in, s.channels_last);
   const Array grad(dy), index(indices);
   STD_TORCH_CHECK(host::is_floating(grad.dtype), op, ": dy must be float32, float64, float16 or bfloat16");
-  STD_TORCH_CHECK(grad.dim == 4 && std::equal(grad.sizes, grad.sizes + 4, index.sizes), op,
+  STD_TORCH_CHECK(grad.dim == index.dim && std::equal(grad.sizes, grad.sizes + grad.dim, index.sizes), op,
                   ": dy must have the shape of indices");
   Output dx = empty_planes(guard, s, false, grad.dtype);
   if (s.batch == 0 || s.channels == 0) return std::move(dx.tensor);
@@ -238,12 +245,12 @@ Tensor max_pool2d_bwd(const Tensor& dy_in, const Tensor& indices_in, int64_t hei
   return std::move(dx.tensor);
 }
 
-Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Sizes& window) {
-  const char* const op = "max_pool2d_gather";
+Tensor max_pool_gather(const Tensor& x_in, const Tensor& indices_in, const Sizes& window) {
+  const char* const op = "max_pool_gather";
   const Array meta(x_in);
-  STD_TORCH_CHECK(meta.dim == 4, op, ": x must have 4 dimensions, got ", meta.dim);
+  STD_TORCH_CHECK(meta.dim >= 3 && meta.dim <= 5, op, ": x must have 3 to 5 dimensions, got ", meta.dim);
   STD_TORCH_CHECK(host::is_floating(meta.dtype), op, ": x must be float32, float64, float16 or bfloat16");
-  const PoolShape s = index_shape(op, Array(indices_in), meta.sizes[2], meta.sizes[3], window);
+  const PoolShape s = index_shape(op, indices_in, meta.sizes + 2, meta.dim - 2, window);
   STD_TORCH_CHECK(meta.sizes[0] == s.batch && meta.sizes[1] == s.channels, op, ": indices must have ", meta.sizes[0],
                   " x ", meta.sizes[1], " planes as x, got ", s.batch, " x ", s.channels);
   const Pool pool = make_pool(op, s);
@@ -252,7 +259,7 @@ Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Siz
   const Tensor x = dense_in(x_in, s.channels_last), indices = dense_in(indices_in, s.channels_last);
   const Array input(x), index(indices);
   Output y = empty_planes(guard, s, true, input.dtype);
-  if (s.batch * s.channels * s.h.out * s.w.out == 0) return std::move(y.tensor);
+  if (Array(y.tensor).numel() == 0) return std::move(y.tensor);
   bool flat = index.dtype == Dtype::kInt64;
   Backward b{input.data, index.data, y.data, flat, pool, guard.stream(), op};
   PYDL_CUDA_FLOAT_SWITCH(input.dtype, launch_gather<T>(b));
@@ -262,8 +269,8 @@ Tensor max_pool2d_gather(const Tensor& x_in, const Tensor& indices_in, const Siz
 }  // namespace
 
 PYDL_CUDA_LIBRARY_IMPL(m) {
-  m.impl("max_pool2d_bwd", TORCH_BOX(&max_pool2d_bwd));
-  m.impl("max_pool2d_gather", TORCH_BOX(&max_pool2d_gather));
+  m.impl("max_pool_bwd", TORCH_BOX(&max_pool_bwd));
+  m.impl("max_pool_gather", TORCH_BOX(&max_pool_gather));
 }
 
 }  // namespace pydl

@@ -29,55 +29,41 @@ struct Pool {
   bool channels_last;
 };
 
-// Coordinates of one output (or input) element and where it lies in a tensor of `rows` x `cols` planes.
+// One side of the pooling: how many elements each dimension has.
+struct Extents {
+  int d, h, w;
+
+  __host__ __device__ int64_t pixels() const { return int64_t(d) * h * w; }
+};
+__host__ __device__ inline Extents inputs_of(const Pool& p) { return {p.d.in, p.h.in, p.w.in}; }
+__host__ __device__ inline Extents outputs_of(const Pool& p) { return {p.d.out, p.h.out, p.w.out}; }
+
+// Coordinates of element number `item` of one side.
 struct Place {
   int64_t n;
-  int c, row, col;
+  int c, d, h, w;
 };
-
-__device__ inline Place place_of(const Pool& p, uint64_t item, int rows, int cols) {
+__device__ inline Place place_of(const Pool& p, uint64_t item, const Extents& side) {
   Place at;
-  if (p.channels_last) {
-    at.c = take_digit(item, p.channels);
-    at.col = take_digit(item, cols);
-    at.row = take_digit(item, rows);
-  } else {
-    at.col = take_digit(item, cols);
-    at.row = take_digit(item, rows);
-    at.c = take_digit(item, p.channels);
-  }
+  if (p.channels_last) at.c = take_digit(item, p.channels);
+  at.w = take_digit(item, side.w);
+  at.h = take_digit(item, side.h);
+  at.d = take_digit(item, side.d);
+  if (!p.channels_last) at.c = take_digit(item, p.channels);
   at.n = int64_t(item);
   return at;
 }
 
-__device__ inline int64_t offset_of(const Pool& p, int64_t n, int c, int row, int col, int rows, int cols) {
-  return p.channels_last ? ((n * rows + row) * cols + col) * p.channels + c
-                         : ((n * p.channels + c) * rows + row) * cols + col;
+// Where element (d, h, w) lies in its plane of one side.
+__device__ inline int64_t pixel_of(const Extents& side, int d, int h, int w) {
+  return (int64_t(d) * side.h + h) * side.w + w;
 }
-
-// The first tap of output o inside the input.
-__device__ inline int first_tap(const Axis& a, int o) {
-  int start = o * a.stride - a.padding;
-  return start < 0 ? ceil_div(-start, a.dilation) : 0;
+// Offset of pixel `pixel` of the plane of an image and channel.
+__device__ inline int64_t offset_of(const Pool& p, int64_t n, int c, int64_t pixels, int64_t pixel) {
+  return p.channels_last ? (n * pixels + pixel) * p.channels + c : (n * p.channels + c) * pixels + pixel;
 }
-
-// Outputs [first, last] whose windows can cover input i.
-struct Cover {
-  int first, last;
-};
-
-__device__ inline Cover cover_of(const Axis& a, int i) {
-  int reach = i + a.padding - (a.kernel - 1) * a.dilation;
-  return {reach > 0 ? ceil_div(reach, a.stride) : 0, min((i + a.padding) / a.stride, a.out - 1)};
-}
-
-// The tap by which output o reads input i, -1 if it does not.
-__device__ inline int tap_between(const Axis& a, int o, int i) {
-  int distance = i + a.padding - o * a.stride;
-  if (distance < 0 || distance % a.dilation != 0) return -1;
-  int tap = distance / a.dilation;
-  return tap < a.kernel ? tap : -1;
-}
+// Number of a tap in its window.
+__device__ inline int tap_number(const Pool& p, int i, int j, int k) { return (i * p.h.kernel + j) * p.w.kernel + k; }
 
 inline Axis make_axis(const char* op, const PoolDim& d) {
   STD_TORCH_CHECK(d.out < int64_t(1) << 31, op, ": sizes must stay below 2^31 along each axis, got ", d.out);
@@ -106,6 +92,9 @@ inline Output empty_planes(const DeviceGuard& guard, const PoolShape& s, bool ou
   return guard.empty_strided(layout.sizes, layout.strides, layout.dim, dtype);
 }
 
+// Planes, not volumes.
+inline bool flat_depth(const Pool& p) { return p.d.in == 1 && p.d.kernel == 1; }
+
 // Kernels of 3 x 3 and 2 x 2 windows without dilation whose loops are unrolled.
 template <int K_, int S_, int P_>
 struct Window {
@@ -116,9 +105,9 @@ struct Window {
 
 inline bool square(const Pool& p, int kernel, int stride, int padding) {
   auto matches = [&](const Axis& a) {
-    return a.kernel == kernel && a.stride == stride && a.padding == padding && a.dilation == 1;
+    return !a.adaptive && a.kernel == kernel && a.stride == stride && a.padding == padding && a.dilation == 1;
   };
-  return matches(p.h) && matches(p.w);
+  return flat_depth(p) && matches(p.h) && matches(p.w);
 }
 
 // Calls f(Window<...>{}) for the unrolled window of this geometry; false if there is none.

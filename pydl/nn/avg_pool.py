@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pydl.ops.avg_pool import avg_pool1d, avg_pool2d, avg_pool3d
+from pydl.ops.avg_pool import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_avg_pool3d,
+    avg_pool1d,
+    avg_pool2d,
+    avg_pool3d,
+)
 
-__all__ = ["AvgPool1d", "AvgPool2d", "AvgPool3d"]
+__all__ = ["AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "AvgPool1d", "AvgPool2d", "AvgPool3d"]
 
 # torch.fx traces into modules outside torch.nn: the ops must be leaves there, as torch's are
-for _name in ("avg_pool1d", "avg_pool2d", "avg_pool3d"):
-    torch.fx.wrap(_name)
+for _dims in (1, 2, 3):
+    torch.fx.wrap(f"avg_pool{_dims}d")
+    torch.fx.wrap(f"adaptive_avg_pool{_dims}d")
 
 
 class AvgPool1d(torch.nn.AvgPool1d):
@@ -61,3 +71,38 @@ class AvgPool3d(torch.nn.AvgPool3d):
             self.count_include_pad,
             self.divisor_override,
         )
+
+
+class AdaptiveAvgPool1d(torch.nn.AdaptiveAvgPool1d):
+    """torch.nn.AdaptiveAvgPool1d whose forward is :func:`pydl.ops.adaptive_avg_pool1d`; same arguments.
+
+    Shape: input [N, C, L] or [C, L]; output [N, C, output_size] or [C, output_size].
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Mean of each part."""
+        return adaptive_avg_pool1d(input, self.output_size)
+
+
+class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
+    """torch.nn.AdaptiveAvgPool2d whose forward is :func:`pydl.ops.adaptive_avg_pool2d`; same arguments.
+
+    Shape: input [N, C, H, W] or [C, H, W]; output [N, C, *output_size] or [C, *output_size].
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Mean of each part."""
+        size: Any = self.output_size
+        return adaptive_avg_pool2d(input, size)
+
+
+class AdaptiveAvgPool3d(torch.nn.AdaptiveAvgPool3d):
+    """torch.nn.AdaptiveAvgPool3d whose forward is :func:`pydl.ops.adaptive_avg_pool3d`; same arguments.
+
+    Shape: input [N, C, D, H, W] or [C, D, H, W]; output [N, C, *output_size] or [C, *output_size].
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Mean of each part."""
+        size: Any = self.output_size
+        return adaptive_avg_pool3d(input, size)

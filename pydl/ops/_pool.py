@@ -112,6 +112,36 @@ def check_window(
     return out, [*k, *s, *p, *d]
 
 
+def adaptive_size(op: str, shape: torch.Size, dims: int, size: Any) -> list[int]:
+    """The output sizes of an adaptive pooling; None keeps the input's, except for a sequence, as in torch.
+
+    Raises:
+        TypeError: a size is no int.
+        ValueError: as many sizes as the input has dimensions.
+        RuntimeError: a number of sizes, a size or a rank that makes no sense.
+    """
+    several = isinstance(size, (tuple, list))
+    given = list(size) if several else [size] * dims
+    if several and dims > 1 and len(given) >= len(shape):
+        raise ValueError(f"{op}: argument 'output_size' must have {_COUNTS[dims]}, got {size!r} for {list(shape)}")
+    if several and dims > 1:
+        kept = shape[len(shape) - len(given) :]
+        given = [n if v is None else v for v, n in zip(given, kept, strict=True)]
+    for v in given:
+        if isinstance(v, bool) or not (isinstance(v, (int, torch.SymInt)) or hasattr(v, "__index__")):
+            raise TypeError(f"{op}: argument 'output_size' must be an int or a tuple of {_COUNTS[dims]}, got {size!r}")
+    if len(given) != dims:
+        raise RuntimeError(f"{op}: argument 'output_size' must be an int or a tuple of {_COUNTS[dims]}, got {size!r}")
+    given = [v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in given]
+    if any(v < 0 or v >= LIMIT for v in given):
+        raise RuntimeError(f"{op}: argument 'output_size' must be in [0, 2^31), got {size!r}")
+    if len(shape) not in (dims + 1, dims + 2) or any(n == 0 for n in shape[-dims:]):
+        raise RuntimeError(
+            f"{op}: argument 'input' must have shape {SHAPES[dims]} and no empty side, got {list(shape)}"
+        )
+    return given
+
+
 def channels_last(x: Tensor) -> bool:
     """Whether the strides descend in the order N, spatial dimensions, C: so torch and the kernels choose the layout."""
     if x.dim() == 3:

@@ -1,18 +1,20 @@
-"""Average pooling over one to three dimensions: schemas, fakes, derivatives and the public functions."""
+"""Average pooling over one to three dimensions, plain and adaptive: schemas, fakes, derivatives, public functions."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pydl.backend import Family, choose
+from pydl.backend import Decision, Family, choose
 from pydl.ops._contract import Op
 from pydl.ops._pool import (
     FLOATS,
     Ints,
+    adaptive_size,
     channels_last,
     check_window,
     empty_pool,
@@ -21,16 +23,23 @@ from pydl.ops._pool import (
     widened,
 )
 
-__all__ = ["avg_pool1d", "avg_pool2d", "avg_pool3d"]
+__all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+]
 
 _FAMILIES = {
-    dims: Family(
-        f"avg_pool{dims}d",
+    name: Family(
+        name,
         ops=("avg_pool_fwd", "avg_pool_bwd"),
         order={"cpu": ("cpu",), "cuda": ("cuda",)},
         dtypes={"cpu": FLOATS, "cuda": FLOATS, "simt": FLOATS},
     )
-    for dims in (1, 2, 3)
+    for name in __all__
 }
 
 
@@ -133,6 +142,90 @@ def avg_pool3d(
     return _avg_pool(3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
+def adaptive_avg_pool1d(input: Tensor, output_size: Ints) -> Tensor:
+    """Mean of each of output_size nearly equal parts of a sequence.
+
+    Args:
+        input: [N, C, L] or [C, L], floating point; a transposed [N, L, C] layout is kept.
+        output_size: number of parts, an int or a tuple of one.
+
+    Returns:
+        [N, C, output_size] (or without N).
+
+    Raises:
+        TypeError: input is no tensor, or output_size no int.
+        RuntimeError: a rank or size that makes no sense; the message names it.
+
+    Part o is [floor(o * L / output_size), ceil((o + 1) * L / output_size)): neighbours may share an element. Numerics
+    and derivatives are those of :func:`avg_pool2d`.
+    """
+    return _adaptive(1, input, output_size)
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
+    """Mean of each of output_size nearly equal parts of a plane.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W], floating point; contiguous and channels_last layouts are kept.
+        output_size: height and width of the result, one int or two; None keeps the input's. 1 averages whole planes.
+
+    Returns:
+        [N, C, *output_size] (or without N).
+
+    Raises:
+        TypeError: input is no tensor, or output_size no int.
+        ValueError: output_size has as many entries as input.
+        RuntimeError: a rank or size that makes no sense; the message names it.
+
+    The parts are those of :func:`adaptive_avg_pool1d` along each axis; torch's own backward on a GPU adds up with
+    atomics.
+    """
+    return _adaptive(2, input, output_size)
+
+
+def adaptive_avg_pool3d(input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
+    """Mean of each of output_size nearly equal parts of a volume.
+
+    Args:
+        input: [N, C, D, H, W] or [C, D, H, W], floating point; contiguous and channels_last_3d layouts are kept.
+        output_size: depth, height and width of the result, one int or three; None keeps the input's.
+
+    Returns:
+        [N, C, *output_size] (or without N).
+
+    Raises:
+        TypeError: input is no tensor, or output_size no int.
+        ValueError: output_size has as many entries as input.
+        RuntimeError: a rank or size that makes no sense; the message names it.
+
+    The parts are those of :func:`adaptive_avg_pool1d` along each axis.
+    """
+    return _adaptive(3, input, output_size)
+
+
+def _adaptive(dims: int, input: Tensor, size: int | Sequence[int | None]) -> Tensor:
+    name = f"adaptive_avg_pool{dims}d"
+    need_tensor(name, input)
+    window = adaptive_size(name, input.shape, dims, size)
+    if dims == 3 and input.shape[-4] == 0:
+        raise RuntimeError(f"{name}: argument 'input' must have channels, got {list(input.shape)}")
+    input = widened(dims, input)
+    decision = choose(_FAMILIES[name], input)
+    if decision.backend == "torch":
+        y: Tensor = getattr(torch.nn.functional, name)(input, window)
+        return y
+    return _run(decision, dims, input, window, False, None)
+
+
+def _run(
+    decision: Decision, dims: int, input: Tensor, window: list[int], include_padding: bool, divisor: int | None
+) -> Tensor:
+    if input.dim() == dims + 1:
+        return _fwd(decision, input.unsqueeze(0), window, include_padding, divisor).squeeze(0)
+    y: Tensor = _fwd(decision, input, window, include_padding, divisor)
+    return y
+
+
 def _avg_pool(
     dims: int,
     input: Tensor,
@@ -148,13 +241,10 @@ def _avg_pool(
     need_tensor(f"avg_pool{dims}d", input)
     input = widened(dims, input)
     window = check(dims, input.shape, kernel_size, stride, padding, ceil_mode, include_padding, divisor)
-    decision = choose(_FAMILIES[dims], input)
+    decision = choose(_FAMILIES[f"avg_pool{dims}d"], input)
     if decision.backend == "torch":
         return _torch(dims, input, window[dims:], ceil_mode, include_padding, divisor)
-    if input.dim() == dims + 1:
-        return _fwd(decision, input.unsqueeze(0), window, include_padding, divisor).squeeze(0)
-    y: Tensor = _fwd(decision, input, window, include_padding, divisor)
-    return y
+    return _run(decision, dims, input, window, include_padding, divisor)
 
 
 def _torch(

@@ -1,45 +1,95 @@
-"""Max pooling over planes: schemas, fakes, derivatives and the public function."""
+"""Max pooling over one to three dimensions, plain and adaptive: schemas, fakes, derivatives, public functions."""
 
 from __future__ import annotations
 
 import functools
-import operator
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from pydl.backend import Family, choose
 from pydl.ops._contract import Op, wants
-
-__all__ = ["max_pool2d"]
-
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_FAMILY = Family(
-    "max_pool2d",
-    ops=("max_pool2d_values", "max_pool2d_with_indices", "max_pool2d_bwd", "max_pool2d_gather"),
-    order={"cpu": ("cpu",), "cuda": ("cuda",)},
-    dtypes={"cpu": _FLOATS, "cuda": _FLOATS, "simt": _FLOATS},
+from pydl.ops._pool import (
+    FLOATS,
+    Ints,
+    adaptive_size,
+    channels_last,
+    check_window,
+    empty_pool,
+    need_bool,
+    need_tensor,
+    output_size,
+    widened,
 )
+
+__all__ = [
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+]
+
+_FAMILIES = {
+    name: Family(
+        name,
+        ops=("max_pool_values", "max_pool_with_indices", "max_pool_bwd", "max_pool_gather"),
+        order={"cpu": ("cpu",), "cuda": ("cuda",)},
+        dtypes={"cpu": FLOATS, "cuda": FLOATS, "simt": FLOATS},
+    )
+    for name in __all__
+}
 # an offset inside the window is one byte; a larger window keeps torch's flat index
 MAX_OFFSET_WINDOW = 255
-# sizes of windows from which products of addresses could pass 2^63
-LIMIT = 2**31
 
-_Ints = int | Sequence[int]
+_Pooled = Tensor | tuple[Tensor, Tensor]
+
+
+def max_pool1d(
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> _Pooled:
+    """Largest value of each window of a sequence.
+
+    Args:
+        input: [N, C, L] or [C, L], floating point; a transposed [N, L, C] layout is kept. Integer tensors go to torch.
+        kernel_size: window length, an int or a tuple of one.
+        stride: step between windows, default the kernel size.
+        padding: -inf on each side, at most half of kernel_size.
+        dilation: step between the taps of a window.
+        ceil_mode: also keep a last window that overhangs the input, if it starts inside input or left padding.
+        return_indices: also return each maximum's position, int64.
+
+    Returns:
+        [N, C, L_out] (or without N), and the indices if asked for.
+
+    Raises:
+        TypeError: input is no tensor, or an argument is no int.
+        RuntimeError: a rank, size, or argument that makes no sense; the message names it.
+
+    NaN, ties and derivatives are those of :func:`max_pool2d`.
+    """
+    return _max_pool(1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 def max_pool2d(
     input: Tensor,
-    kernel_size: _Ints,
-    stride: _Ints | None = None,
-    padding: _Ints = 0,
-    dilation: _Ints = 1,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> _Pooled:
     """Largest value of each window of a plane.
 
     Args:
@@ -63,126 +113,202 @@ def max_pool2d(
     are computed; for a gradient one byte per output is kept (windows to 255 taps). The backward uses no atomics: the
     same bits on every run. It can be differentiated again.
     """
-    window = _window(input, kernel_size, stride, padding, dilation, ceil_mode)
-    decision = choose(_FAMILY, input)
-    if decision.backend == "torch":
-        return _torch(input, *(window[i : i + 2] for i in (0, 2, 4, 6)), ceil_mode, return_indices)
-    x = input if input.dim() == 4 else input.unsqueeze(0)
-    indices = None
-    if return_indices or wants((input,)):
-        y, indices = _with_indices(decision, x, window, ceil_mode, return_indices)
-    else:
-        y = _values(decision, x, window, ceil_mode)
-    if input.dim() == 3:
-        y = y.squeeze(0)
-        indices = None if indices is None else indices.squeeze(0)
-    return (y, indices) if return_indices and indices is not None else y
+    return _max_pool(2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
-def _torch(input: Tensor, *args: Any) -> Tensor | tuple[Tensor, Tensor]:
-    result: Tensor | tuple[Tensor, Tensor] = torch.nn.functional.max_pool2d(input, *args)
-    return result
+def max_pool3d(
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> _Pooled:
+    """Largest value of each window of a volume.
+
+    Args:
+        input: [N, C, D, H, W] or [C, D, H, W], floating point; contiguous and channels_last_3d layouts are kept.
+            Integer tensors go to torch.
+        kernel_size: window depth, height and width, one int or three.
+        stride: step between windows, default the kernel size.
+        padding: border of -inf on each side, at most half of kernel_size.
+        dilation: step between the taps of a window.
+        ceil_mode: also keep a last window that overhangs the input, if it starts inside input or left padding.
+        return_indices: also return each maximum's flat position (d * H + h) * W + w in its volume, int64.
+
+    Returns:
+        [N, C, D_out, H_out, W_out] (or without N), and the indices if asked for.
+
+    Raises:
+        TypeError: input is no tensor, or an argument is no int.
+        RuntimeError: a rank, size, or argument that makes no sense; the message names it.
+
+    NaN, ties and derivatives are those of :func:`max_pool2d`; torch's own backward on a GPU adds up with atomics.
+    """
+    return _max_pool(3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
-def _pair(name: str, value: _Ints) -> list[int]:
-    if type(value) is int:
-        return [value, value]
-    values = list(value) if isinstance(value, (tuple, list)) else [value]
-    if any(isinstance(v, bool) or not (isinstance(v, (int, torch.SymInt)) or hasattr(v, "__index__")) for v in values):
-        raise TypeError(f"max_pool2d: argument {name!r} must be an int or a tuple of two ints, got {value!r}")
-    # NumPy's integers count too
-    values = [v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in values]  # type: ignore[arg-type]
-    if len(values) not in (1, 2):
-        raise RuntimeError(f"max_pool2d: argument {name!r} must be an int or a tuple of two ints, got {value!r}")
-    return [values[0], values[-1]]  # type: ignore[list-item]
+def adaptive_max_pool1d(input: Tensor, output_size: Ints, return_indices: bool = False) -> _Pooled:
+    """Largest value of each of output_size nearly equal parts of a sequence.
+
+    Args:
+        input: [N, C, L] or [C, L], floating point.
+        output_size: number of parts, an int or a tuple of one.
+        return_indices: also return each maximum's position, int64.
+
+    Returns:
+        [N, C, output_size] (or without N), and the indices if asked for.
+
+    Raises:
+        TypeError: input is no tensor, or output_size no int.
+        RuntimeError: a rank or size that makes no sense; the message names it.
+
+    Part o is [floor(o * L / output_size), ceil((o + 1) * L / output_size)): neighbours may share an element. NaN, ties
+    and derivatives are those of :func:`max_pool2d`.
+    """
+    return _adaptive(1, input, output_size, return_indices)
 
 
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """Windows along one axis, by torch's rule: with ceil_mode a last window must start inside input or left padding."""
-    span = size + 2 * padding - dilation * (kernel - 1) - 1
-    if not ceil_mode:
-        return span // stride + 1
-    out = (span + stride - 1) // stride + 1
-    return out - 1 if (out - 1) * stride >= size + padding else out
+def adaptive_max_pool2d(
+    input: Tensor, output_size: int | Sequence[int | None], return_indices: bool = False
+) -> _Pooled:
+    """Largest value of each of output_size nearly equal parts of a plane.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W], floating point; contiguous and channels_last layouts are kept.
+        output_size: height and width of the result, one int or two; None keeps the input's.
+        return_indices: also return each maximum's flat position h * W + w in its plane, int64.
+
+    Returns:
+        [N, C, *output_size] (or without N), and the indices if asked for.
+
+    Raises:
+        TypeError: input is no tensor, or output_size no int.
+        ValueError: output_size has as many entries as input.
+        RuntimeError: a rank or size that makes no sense; the message names it.
+
+    The parts are those of :func:`adaptive_max_pool1d` along each axis.
+    """
+    return _adaptive(2, input, output_size, return_indices)
 
 
-def _window(
-    input: Tensor, kernel_size: _Ints, stride: _Ints | None, padding: _Ints, dilation: _Ints, ceil_mode: bool
-) -> list[int]:
-    """The window as the raw operators take it: kernel_size, stride, padding, dilation, two of each."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"max_pool2d: argument 'input' must be a Tensor, got {type(input).__name__}")
-    if type(ceil_mode) is not bool:
-        raise TypeError(f"max_pool2d: argument 'ceil_mode' must be a bool, got {ceil_mode!r}")
+def adaptive_max_pool3d(
+    input: Tensor, output_size: int | Sequence[int | None], return_indices: bool = False
+) -> _Pooled:
+    """Largest value of each of output_size nearly equal parts of a volume.
+
+    Args:
+        input: [N, C, D, H, W] or [C, D, H, W], floating point; contiguous and channels_last_3d layouts are kept.
+        output_size: depth, height and width of the result, one int or three; None keeps the input's.
+        return_indices: also return each maximum's flat position (d * H + h) * W + w in its volume, int64.
+
+    Returns:
+        [N, C, *output_size] (or without N), and the indices if asked for.
+
+    Raises:
+        TypeError: input is no tensor, or output_size no int.
+        ValueError: output_size has as many entries as input.
+        RuntimeError: a rank or size that makes no sense; the message names it.
+
+    The parts are those of :func:`adaptive_max_pool1d` along each axis.
+    """
+    return _adaptive(3, input, output_size, return_indices)
+
+
+def _max_pool(
+    dims: int,
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None,
+    padding: Ints,
+    dilation: Ints,
+    ceil_mode: bool,
+    return_indices: bool,
+) -> _Pooled:
+    name = f"max_pool{dims}d"
+    need_tensor(name, input)
+    need_bool(name, "ceil_mode", ceil_mode)
     plain = type(kernel_size) is int and type(padding) is int and type(dilation) is int
-    if plain and (stride is None or type(stride) is int) and not torch.compiler.is_compiling():
-        return _check_once(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
-    return _check(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    simple = plain and (stride is None or type(stride) is int) and not torch.compiler.is_compiling()
+    window = (_check_once if simple else _check)(dims, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    input = widened(dims, input)
+    decision = choose(_FAMILIES[name], input)
+    if decision.backend == "torch":
+        function = getattr(torch.nn.functional, name)
+        parts = (window[i * dims : (i + 1) * dims] for i in range(4))
+        pooled: _Pooled = function(input, *parts, ceil_mode, return_indices)
+        return pooled
+    return _run(decision, dims, input, window, ceil_mode, return_indices)
 
 
 def _check(
-    shape: torch.Size, kernel_size: _Ints, stride: _Ints | None, padding: _Ints, dilation: _Ints, ceil_mode: bool
+    dims: int, shape: torch.Size, kernel_size: Ints, stride: Ints | None, padding: Ints, dilation: Ints, ceil_mode: bool
 ) -> list[int]:
-    k = _pair("kernel_size", kernel_size)
-    s = k if stride is None or (isinstance(stride, (tuple, list)) and not stride) else _pair("stride", stride)
-    p, d = _pair("padding", padding), _pair("dilation", dilation)
-    if len(shape) not in (3, 4) or any(n == 0 for n in shape[-3:]):
-        raise RuntimeError(
-            "max_pool2d: argument 'input' must have shape [N, C, H, W] or [C, H, W] with only N possibly 0, "
-            f"got {list(shape)}"
-        )
-    for axis in (0, 1):
-        if k[axis] <= 0 or s[axis] <= 0 or d[axis] <= 0:
-            name, value = next((n, v) for n, v in (("kernel_size", k), ("stride", s), ("dilation", d)) if v[axis] <= 0)
-            raise RuntimeError(f"max_pool2d: argument {name!r} must be greater than zero, got {value}")
-        if max(k[axis], s[axis], d[axis]) >= LIMIT:
-            raise RuntimeError(
-                "max_pool2d: arguments 'kernel_size', 'stride' and 'dilation' must be below 2^31, "
-                f"got kernel_size={k}, stride={s}, dilation={d}"
-            )
-        if p[axis] < 0 or 2 * p[axis] > k[axis]:
-            raise RuntimeError(
-                f"max_pool2d: argument 'padding' must be non-negative and at most half of kernel_size={k}, got {p}"
-            )
-        if output_size(shape[axis - 2], k[axis], s[axis], p[axis], d[axis], ceil_mode) < 1:
-            raise RuntimeError(
-                f"max_pool2d: argument 'kernel_size' must fit the padded input, got kernel_size={k}, padding={p}, "
-                f"dilation={d} for an input of size {list(shape)}"
-            )
-    return [*k, *s, *p, *d]
+    """The window as the raw operators take it: kernel_size, stride, padding, dilation, ``dims`` of each."""
+    return check_window(f"max_pool{dims}d", shape, dims, kernel_size, stride, padding, dilation, ceil_mode)[1]
 
 
 # a loop asks the same question each time; an error is never remembered
 _check_once = functools.lru_cache(maxsize=1024)(_check)
 
 
-def _channels_last(x: Tensor) -> bool:
-    """Whether the strides descend in the order N, H, W, C: by this torch and the kernels choose the layout."""
-    return suggest_memory_format(x) is torch.channels_last
+def _adaptive(dims: int, input: Tensor, size: int | Sequence[int | None], return_indices: bool) -> _Pooled:
+    name = f"adaptive_max_pool{dims}d"
+    need_tensor(name, input)
+    window = adaptive_size(name, input.shape, dims, size)
+    if 0 in input.shape[-dims - 1 :]:
+        raise RuntimeError(f"{name}: argument 'input' must only have N possibly 0, got {list(input.shape)}")
+    input = widened(dims, input)
+    decision = choose(_FAMILIES[name], input)
+    if decision.backend == "torch":
+        pooled: _Pooled = getattr(torch.nn.functional, name)(input, window, return_indices)
+        return pooled
+    return _run(decision, dims, input, window, False, return_indices)
 
 
-def _empty_planes(x: Tensor, like: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised [N, C, height, width] in the memory format of ``like``."""
-    layout = torch.channels_last if _channels_last(like) else torch.contiguous_format
-    size = (x.shape[0], x.shape[1], height, width)
-    return torch.empty(size, dtype=dtype, device=x.device, memory_format=layout)
+def _run(decision: Any, dims: int, input: Tensor, window: list[int], ceil_mode: bool, return_indices: bool) -> _Pooled:
+    x = input if input.dim() == dims + 2 else input.unsqueeze(0)
+    indices = None
+    if return_indices or wants((input,)):
+        y, indices = _with_indices(decision, x, window, ceil_mode, return_indices)
+    else:
+        y = _values(decision, x, window, ceil_mode)
+    if x is not input:
+        y = y.squeeze(0)
+        indices = None if indices is None else indices.squeeze(0)
+    return (y, indices) if return_indices and indices is not None else y
+
+
+def _out_size(x: Tensor, window: list[int], ceil_mode: bool) -> list[int]:
+    dims = x.dim() - 2
+    if len(window) == dims:
+        return window
+    k, s, p, d = (window[i * dims : (i + 1) * dims] for i in range(4))
+    return [output_size(x.shape[2 + i], k[i], s[i], p[i], d[i], ceil_mode) for i in range(dims)]
 
 
 def _out_fake(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
-    (kh, sh, ph, dh), (kw, sw, pw, dw) = window[::2], window[1::2]
-    height = output_size(x.shape[2], kh, sh, ph, dh, ceil_mode)
-    width = output_size(x.shape[3], kw, sw, pw, dw, ceil_mode)
-    return _empty_planes(x, x, height, width, x.dtype)
+    return empty_pool(x, _out_size(x, window, ceil_mode), channels_last(x))
+
+
+def _taps(x: Tensor, window: list[int]) -> int:
+    """Most taps of a window; along an adaptive axis whose parts differ a bound."""
+    dims = x.dim() - 2
+    if len(window) > dims:
+        return math.prod(window[:dims])
+    sides = zip(x.shape[2:], window, strict=True)
+    return math.prod(1 if o == 0 else n // o if n % o == 0 else min(n // o + 2, n) for n, o in sides)
 
 
 def _with_indices_fake(x: Tensor, window: list[int], ceil_mode: bool, flat: bool) -> tuple[Tensor, Tensor]:
     y = _out_fake(x, window, ceil_mode)
-    dtype = torch.int64 if flat or window[0] * window[1] > MAX_OFFSET_WINDOW else torch.uint8
+    dtype = torch.int64 if flat or _taps(x, window) > MAX_OFFSET_WINDOW else torch.uint8
     return y, torch.empty_like(y, dtype=dtype)
 
 
-def _bwd_fake(dy: Tensor, indices: Tensor, height: int, width: int, window: list[int]) -> Tensor:
-    return _empty_planes(dy, indices, height, width, dy.dtype)
+def _bwd_fake(dy: Tensor, indices: Tensor, size: list[int], window: list[int]) -> Tensor:
+    return empty_pool(dy, size, channels_last(indices))
 
 
 def _gather_fake(x: Tensor, indices: Tensor, window: list[int]) -> Tensor:
@@ -198,12 +324,12 @@ def _with_indices_setup(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor
 
 def _with_indices_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
-    dx = None if dy is None else _bwd(ctx.decision, dy, indices, *ctx.size, ctx.window)
+    dx = None if dy is None else _bwd(ctx.decision, dy, indices, ctx.size, ctx.window)
     return dx, None, None, None
 
 
 def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, indices, _, _, window = inputs
+    _, indices, _, window = inputs
     ctx.save_for_backward(indices)
     ctx.window = window
 
@@ -211,7 +337,7 @@ def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _bwd_backward(ctx: Any, ddx: Tensor | None) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
     ddy = None if ddx is None else _gather(ctx.decision, ddx, indices, ctx.window)
-    return ddy, None, None, None, None
+    return ddy, None, None, None
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -222,29 +348,30 @@ def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gather_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
-    dx = None if dy is None else _bwd(ctx.decision, dy, indices, *ctx.size, ctx.window)
+    dx = None if dy is None else _bwd(ctx.decision, dy, indices, ctx.size, ctx.window)
     return dx, None, None
 
 
-# kernel_size, stride, padding, dilation in one list: each list costs a microsecond on its way through the dispatcher
-_WINDOW = "int[] window"
+# kernel_size, stride, padding, dilation, or the output sizes of adaptive windows, in one list: each list costs a
+# microsecond on its way through the dispatcher
+_WINDOW = "SymInt[] window"
 
 _with_indices = Op(
-    "max_pool2d_with_indices",
+    "max_pool_with_indices",
     f"(Tensor x, {_WINDOW}, bool ceil_mode, bool flat) -> (Tensor, Tensor)",
     fake=_with_indices_fake,
     setup=_with_indices_setup,
     backward=_with_indices_backward,
 )
 _bwd = Op(
-    "max_pool2d_bwd",
-    f"(Tensor dy, Tensor indices, SymInt height, SymInt width, {_WINDOW}) -> Tensor",
+    "max_pool_bwd",
+    f"(Tensor dy, Tensor indices, SymInt[] size, {_WINDOW}) -> Tensor",
     fake=_bwd_fake,
     setup=_bwd_setup,
     backward=_bwd_backward,
 )
 _gather = Op(
-    "max_pool2d_gather",
+    "max_pool_gather",
     f"(Tensor x, Tensor indices, {_WINDOW}) -> Tensor",
     fake=_gather_fake,
     setup=_gather_setup,
@@ -264,11 +391,11 @@ def _values_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
     window, ceil_mode = ctx.args
     _, indices = _with_indices(ctx.decision, x.detach(), window, ceil_mode, False)
-    return _bwd(ctx.decision, dy, indices, *x.shape[2:], window), None, None
+    return _bwd(ctx.decision, dy, indices, x.shape[2:], window), None, None
 
 
 _values = Op(
-    "max_pool2d_values",
+    "max_pool_values",
     f"(Tensor x, {_WINDOW}, bool ceil_mode) -> Tensor",
     fake=_out_fake,
     setup=_values_setup,

@@ -1,21 +1,17 @@
-"""Average pooling over one to three dimensions in NumPy float64, from its definition: the mean of each window."""
+"""Average pooling over one to three dimensions in NumPy, from its definition: the mean of each window."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from pydl.reference._pool import adaptive_axes
+from pydl.reference._pool import per_axis as _list
 from pydl.reference._spec import Case, Spec
-
-Ints = int | Sequence[int]
-
-
-def _list(value: Ints, dims: int) -> list[int]:
-    return [value] * dims if isinstance(value, int) else [int(v) for v in value] * (dims if len(value) == 1 else 1)
 
 
 def windows(
@@ -48,43 +44,51 @@ def _boxes(axes):
         yield (..., *place), (..., *slices), int(np.prod([count for _, count in chosen]))
 
 
-def avg_pool(
-    dims: int,
-    x: np.ndarray,
-    kernel_size: Ints,
-    stride: Ints | None = None,
-    padding: Ints = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> np.ndarray:
-    """Sum of each window of the last ``dims`` axes over its number of elements, or over divisor_override."""
+def means(x: np.ndarray, axes: Any, divisor: int | None = None) -> np.ndarray:
+    """Sum of each window of the last axes over its number of elements, or over ``divisor``."""
     x = np.asarray(x, dtype=np.longdouble)  # so that no order of summation in float64 is the right one
-    axes = _axes(x, dims, kernel_size, stride, padding, ceil_mode, count_include_pad)
+    dims = len(axes)
     y = np.zeros((*x.shape[:-dims], *(len(axis) for axis in axes)), dtype=np.longdouble)
     for place, box, count in _boxes(axes):
-        y[place] = x[box].sum(axis=tuple(range(-dims, 0))) / (divisor_override or count)
+        y[place] = x[box].sum(axis=tuple(range(-dims, 0))) / (divisor or count)
     return y.astype(np.float64)
 
 
-def avg_pool_grad(
-    dims: int,
-    dy: np.ndarray,
-    x: np.ndarray,
-    kernel_size: Ints,
-    stride: Ints | None = None,
-    padding: Ints = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> tuple[np.ndarray]:
+def means_grad(dy: np.ndarray, x: np.ndarray, axes: Any, divisor: int | None = None) -> tuple[np.ndarray]:
     """Gradient of sum(dy * y) with respect to x: every element of a window receives dy over the divisor."""
-    axes = _axes(x, dims, kernel_size, stride, padding, ceil_mode, count_include_pad)
     dx = np.zeros(x.shape, dtype=np.longdouble)
     for place, box, count in _boxes(axes):
-        share = dy[place].astype(np.longdouble) / (divisor_override or count)
-        dx[box] += share.reshape(*share.shape, *([1] * dims))
+        share = dy[place].astype(np.longdouble) / (divisor or count)
+        dx[box] += share.reshape(*share.shape, *([1] * len(axes)))
     return (dx.astype(np.float64),)
+
+
+def avg_pool(dims, x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor=None):
+    """Mean of each window of the last ``dims`` axes."""
+    return means(x, _axes(x, dims, kernel_size, stride, padding, ceil_mode, count_include_pad), divisor)
+
+
+def _avg_pool_grad(
+    dims, dy, x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor=None
+):
+    return means_grad(dy, x, _axes(x, dims, kernel_size, stride, padding, ceil_mode, count_include_pad), divisor)
+
+
+def _parts(x, dims, output_size):
+    return [[(part, len(part)) for part in axis] for axis in adaptive_axes(x.shape, dims, output_size)]
+
+
+def adaptive_avg_pool(dims: int, x: np.ndarray, output_size: Any) -> np.ndarray:
+    """Mean of each part of the last ``dims`` axes."""
+    return means(x, _parts(x, dims, output_size))
+
+
+def _adaptive_grad(dims, dy, x, output_size):
+    return means_grad(dy, x, _parts(x, dims, output_size))
+
+
+def _adaptive_reductions(dims, *args):
+    return (2**dims,)
 
 
 def _reductions(dims, x, kernel_size, stride=None, *rest, **options):
@@ -125,15 +129,35 @@ def _cases(dims: int) -> Iterator[Case]:
     yield Case("NaN and inf", (special, 3, 2, 1), gradients=False)
 
 
-def _spec(dims: int) -> Spec:
+def _adaptive_cases(dims: int) -> Iterator[Case]:
+    rng = np.random.default_rng(10 + dims)
+    odd = {1: (35,), 2: (11, 17), 3: (5, 7, 9)}[dims]
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape)
+
+    yield Case("to 4", (normal(2, 9, *odd), 4), layouts=True)  # parts of two lengths that overlap
+    yield Case("to 3", (normal(2, 3, *odd), 3), second=True)
+    yield Case("to one", (normal(2, 17, *odd), 1))
+    yield Case("to one, far from 0", (8 + normal(2, 3, *odd), 1))
+    yield Case("halves", (normal(2, 3, *({1: (16,), 2: (8, 16), 3: (4, 6, 8)}[dims])), 2))
+    yield Case("larger than the input", (normal(1, 2, *([3] * dims)), 7))
+    if dims > 1:
+        yield Case("None keeps a side", (normal(2, 3, *odd), (None, 5, 2)[:dims]))
+    yield Case("unbatched", (normal(3, *odd), 4))
+    yield Case("empty batch", (np.zeros((0, 3, *odd)), 4))
+
+
+def _spec(dims: int, adaptive: bool) -> Spec:
     bind: Any = functools.partial
-    forward, cases = bind(avg_pool, dims), bind(_cases, dims)
+    name = f"{'adaptive_' if adaptive else ''}avg_pool{dims}d"
+    own: tuple[Any, ...]
+    if adaptive:
+        own = (adaptive_avg_pool, _adaptive_grad, _adaptive_cases, _adaptive_reductions)
+    else:
+        own = (avg_pool, _avg_pool_grad, _cases, _reductions)
+    forward, gradient, cases, terms = (bind(function, dims) for function in own)
+    return Spec(name, f"nn.functional.{name}", forward, gradient, cases, terms)
 
-    def gradient(dy, *args, **kwargs):
-        return avg_pool_grad(dims, dy, *args, **kwargs)
 
-    name = f"avg_pool{dims}d"
-    return Spec(name, f"nn.functional.{name}", forward, gradient, cases, bind(_reductions, dims))
-
-
-SPECS = tuple(_spec(dims) for dims in (1, 2, 3))
+SPECS = tuple(_spec(dims, adaptive) for dims in (1, 2, 3) for adaptive in (False, True))

@@ -1,21 +1,16 @@
-"""Two-dimensional max pooling in NumPy float64, from its definition: the largest value of each window."""
+"""Max pooling over one to three dimensions in NumPy float64, from its definition: the largest value of each window."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from pydl.reference._pool import Ints, adaptive_axes, per_axis
 from pydl.reference._spec import Case, Spec
-
-IntOrPair = int | Sequence[int]
-
-
-def _pair(value: IntOrPair) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    values = tuple(int(v) for v in value)
-    return (values[0], values[-1])
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
@@ -29,98 +24,162 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return windows
 
 
-def max_pool2d(
-    x: np.ndarray,
-    kernel_size: IntOrPair,
-    stride: IntOrPair | None = None,
-    padding: IntOrPair = 0,
-    dilation: IntOrPair = 1,
-    ceil_mode: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Maximum of each window of x [..., H, W] and its place ih * W + iw.
+def maxima(x: np.ndarray, axes: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Maximum of each window of the last axes of x, and its place in the flattened axes.
 
-    Taps are visited row by row. The first of several equal maxima wins. A NaN wins over every number, and of several
-    NaN the last, as in torch. Padding is never chosen; a window of nothing but -inf names its first tap inside.
+    ``axes`` holds for each axis and output the positions of the taps, of which those outside are left out. Taps are
+    visited in row-major order. The first of several equal maxima wins. A NaN wins over every number, and of several NaN
+    the last, as in torch. Padding is never chosen; a window of nothing but -inf names its first tap inside.
     """
     x = np.asarray(x, dtype=np.float64)
-    (kh, kw), (ph, pw), (dh, dw) = _pair(kernel_size), _pair(padding), _pair(dilation)
-    sh, sw = (kh, kw) if stride is None else _pair(stride)
-    height, width = x.shape[-2:]
-    rows = output_size(height, kh, sh, ph, dh, ceil_mode)
-    columns = output_size(width, kw, sw, pw, dw, ceil_mode)
-    y = np.full((*x.shape[:-2], rows, columns), -np.inf)
+    dims = len(axes)
+    sizes = x.shape[-dims:]
+    y = np.full((*x.shape[:-dims], *(len(axis) for axis in axes)), -np.inf)
     indices = np.full(y.shape, -1, dtype=np.int64)
-    for row in range(rows):
-        for column in range(columns):
-            best, place = y[..., row, column], indices[..., row, column]
-            for i in range(kh):
-                for j in range(kw):
-                    ih, iw = row * sh - ph + i * dh, column * sw - pw + j * dw
-                    if not (0 <= ih < height and 0 <= iw < width):
-                        continue
-                    value = x[..., ih, iw]
-                    wins = (place < 0) | (value > best) | np.isnan(value)
-                    best[...] = np.where(wins, value, best)
-                    place[...] = np.where(wins, ih * width + iw, place)
+    for output in itertools.product(*(range(len(axis)) for axis in axes)):
+        at: Any = (..., *output)
+        best, place = y[at], indices[at]
+        for tap in itertools.product(*(axis[o] for axis, o in zip(axes, output, strict=True))):
+            if not all(0 <= i < n for i, n in zip(tap, sizes, strict=True)):
+                continue
+            inner: Any = (..., *tap)
+            value = x[inner]
+            wins = (place < 0) | (value > best) | np.isnan(value)
+            best = np.where(wins, value, best)
+            place = np.where(wins, np.ravel_multi_index(tap, sizes), place)
+        y[at], indices[at] = best, place
     return y, indices
 
 
-def max_pool2d_grad(dy: np.ndarray, indices: np.ndarray, height: int, width: int) -> np.ndarray:
+def max_pool(
+    dims: int,
+    x: np.ndarray,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Maximum of each window of the last ``dims`` axes and its place in them."""
+    k, p, d = (per_axis(v, dims) for v in (kernel_size, padding, dilation))
+    s = k if stride is None else per_axis(stride, dims)
+    axes = []
+    for i, n in enumerate(x.shape[-dims:]):
+        count = output_size(n, k[i], s[i], p[i], d[i], ceil_mode)
+        axes.append([[o * s[i] - p[i] + tap * d[i] for tap in range(k[i])] for o in range(count)])
+    return maxima(x, axes)
+
+
+def max_pool_grad(dy: np.ndarray, indices: np.ndarray, *sizes: int) -> np.ndarray:
     """Gradient of sum(dy * y) with respect to x: each dy is added at the place its maximum came from."""
     dy = np.asarray(dy, dtype=np.float64)
-    dx = np.zeros((*dy.shape[:-2], height * width))
+    lead = dy.shape[: -len(sizes)]
+    dx = np.zeros((*lead, int(np.prod(sizes))))
     for place in np.ndindex(dy.shape):
-        plane = place[:-2]
         if indices[place] >= 0:
-            dx[plane][indices[place]] += dy[place]
-    return dx.reshape(*dy.shape[:-2], height, width)
+            dx[place[: len(lead)]][indices[place]] += dy[place]
+    return dx.reshape(*lead, *sizes)
 
 
-def _forward(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
-    y, indices = max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+def _forward(dims, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    y, indices = max_pool(dims, x, kernel_size, stride, padding, dilation, ceil_mode)
     return (y, indices) if return_indices else y
 
 
-def _gradient(dy, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
-    _, indices = max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
-    return (max_pool2d_grad(dy, indices, *x.shape[-2:]),)
+def _gradient(dims, dy, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    _, indices = max_pool(dims, x, kernel_size, stride, padding, dilation, ceil_mode)
+    return (max_pool_grad(dy, indices, *x.shape[-dims:]),)
 
 
-def _reductions(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
-    kh, kw = _pair(kernel_size)
-    sh, sw = (kh, kw) if stride is None else _pair(stride)
-    return (max(1, -(-kh // sh)) * max(1, -(-kw // sw)),)
+def _reductions(dims, x, kernel_size, stride=None, *rest, **options):
+    k = per_axis(kernel_size, dims)
+    s = k if stride is None else per_axis(stride, dims)
+    return (int(np.prod([max(1, -(-a // b)) for a, b in zip(k, s, strict=True)])),)
 
 
-def cases() -> Iterator[Case]:
+def _adaptive(dims, x, output_size, return_indices=False):
+    y, indices = maxima(x, adaptive_axes(x.shape, dims, output_size))
+    return (y, indices) if return_indices else y
+
+
+def _adaptive_gradient(dims, dy, x, output_size, return_indices=False):
+    _, indices = maxima(x, adaptive_axes(x.shape, dims, output_size))
+    return (max_pool_grad(dy, indices, *x.shape[-dims:]),)
+
+
+def _adaptive_reductions(dims, *args, **kwargs):
+    return (2**dims,)
+
+
+def _special(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    values[rng.random(values.shape) < 0.1] = np.nan
+    values[0, :, :4] = -np.inf
+    values[1, ..., 7] = np.inf
+    return values
+
+
+def _cases(dims: int) -> Iterator[Case]:
     """Inputs for `pydl verify`: window shapes, overlap, padding, both rounding modes, ties, NaN and -inf."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(dims)
+    odd = {1: (35,), 2: (11, 17), 3: (5, 7, 9)}[dims]
+    even = {1: (64,), 2: (12, 12), 3: (4, 6, 8)}[dims]
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape)
 
-    yield Case("k3 s2 p1", (normal(2, 9, 15, 17), 3, 2, 1), layouts=True)  # the usual stem; 9 channels: a vector and 1
-    yield Case("k2 s2", (normal(2, 16, 12, 12), 2))
-    distinct = rng.permutation(128).reshape(1, 2, 8, 8) - 64.0  # exact in every dtype and no two equal: no kink nearby
+    yield Case("k3 s2 p1", (normal(2, 9, *odd), 3, 2, 1), layouts=True)  # the usual stem; 9 channels: a vector and 1
+    yield Case("k2 s2", (normal(2, 16, *even), 2))
+    size = 2 * int(np.prod(even))  # exact in every dtype up to 384 / 2 and no two equal: no kink nearby
+    distinct = rng.permutation(size).reshape(1, 2, *even) - size / 2.0
     yield Case("distinct", (distinct, 3, 2, 1), second=True)
-    yield Case("k3 s1 p1", (normal(1, 3, 8, 33), 3, 1, 1))  # each input belongs to nine windows
-    yield Case("k2 s3", (normal(1, 5, 11, 11), 2, 3))  # gaps: some inputs belong to none
-    yield Case("k(2,5) s(1,3) p(1,2)", (normal(1, 2, 7, 19), (2, 5), (1, 3), (1, 2)))
-    yield Case("k3 s2 p1 d2", (normal(1, 4, 13, 14), 3, 2, 1, 2))
-    yield Case("k3 s2 p1 ceil", (normal(1, 4, 10, 12), 3, 2, 1, 1, True))  # the last window hangs over the edge
-    yield Case("k16 s16", (normal(1, 2, 32, 32), 16))  # 256 taps: one more than a byte can number
-    yield Case("k = input", (normal(2, 3, 6, 5), (6, 5)))
-    yield Case("1 x 1", (normal(2, 3, 1, 1), 1))
-    yield Case("unbatched", (normal(3, 9, 9), 3, 2, 1))
-    yield Case("empty batch", (np.zeros((0, 3, 8, 8)), 3, 2, 1))
-    yield Case("return_indices", (normal(2, 3, 9, 9), 3, 2, 1, 1, False, True))
-    ties = np.round(normal(2, 8, 9, 9))
-    yield Case("ties", (ties, 3, 2, 1, 1, False, True))
-    special = normal(2, 8, 9, 9)
-    special[rng.random(special.shape) < 0.1] = np.nan
-    special[0, :, :4] = -np.inf
-    special[1, :, :, 7] = np.inf
-    yield Case("NaN and inf", (special, 3, 2, 1, 1, False, True))
+    yield Case("k3 s1 p1", (normal(1, 3, *odd), 3, 1, 1))  # each input belongs to 3 ** dims windows
+    yield Case("k2 s3", (normal(1, 5, *odd), 2, 3))  # gaps: some inputs belong to none
+    uneven = ((2, 5, 1)[:dims], (1, 3, 2)[:dims], (1, 2, 0)[:dims])
+    yield Case("one size per axis", (normal(1, 2, *odd), *uneven))
+    yield Case("k3 s2 p1 d2", (normal(1, 4, *odd), 3, 2, 1, 2))
+    yield Case("k3 s2 p1 ceil", (normal(1, 4, *even), 3, 2, 1, 1, True))  # the last window hangs over the edge
+    many = {1: (256,), 2: (16, 16), 3: (4, 8, 8)}[dims]
+    yield Case("256 taps", (normal(1, 2, *(2 * n for n in many)), many))  # one more than a byte can number
+    yield Case("k = input", (normal(2, 3, *even), even))
+    yield Case("one element", (normal(2, 3, *([1] * dims)), 1))
+    yield Case("unbatched", (normal(3, *odd), 3, 2, 1))
+    yield Case("empty batch", (np.zeros((0, 3, *even)), 3, 2, 1))
+    yield Case("return_indices", (normal(2, 3, *odd), 3, 2, 1, 1, False, True))
+    yield Case("ties", (np.round(normal(2, 8, *odd)), 3, 2, 1, 1, False, True))
+    yield Case("NaN and inf", (_special(normal(2, 8, *odd), rng), 3, 2, 1, 1, False, True))
 
 
-SPECS = (Spec("max_pool2d", "nn.functional.max_pool2d", _forward, _gradient, cases, _reductions),)
+def _adaptive_cases(dims: int) -> Iterator[Case]:
+    rng = np.random.default_rng(10 + dims)
+    odd = {1: (35,), 2: (11, 17), 3: (5, 7, 9)}[dims]
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape)
+
+    yield Case("to 4", (normal(2, 9, *odd), 4), layouts=True)  # parts of two lengths that overlap
+    yield Case("to one", (normal(2, 5, *odd), 1, True))
+    yield Case("halves", (normal(2, 3, *({1: (16,), 2: (8, 16), 3: (4, 6, 8)}[dims])), 2, True))
+    yield Case("larger than the input", (normal(1, 2, *([3] * dims)), 7, True))
+    distinct = rng.permutation(2 * int(np.prod(odd))).reshape(1, 2, *odd) - float(np.prod(odd))
+    yield Case("distinct", (distinct, 3), second=True)
+    if dims > 1:
+        yield Case("None keeps a side", (normal(2, 3, *odd), (None, 5, 2)[:dims], True))
+    yield Case("unbatched", (normal(3, *odd), 4))
+    yield Case("empty batch", (np.zeros((0, 3, *odd)), 4))
+    yield Case("ties", (np.round(normal(2, 8, *odd)), 4, True))
+    yield Case("NaN and inf", (_special(normal(2, 8, *odd), rng), 4, True))
+
+
+def _spec(dims: int, adaptive: bool) -> Spec:
+    bind: Any = functools.partial
+    name = f"{'adaptive_' if adaptive else ''}max_pool{dims}d"
+    own: tuple[Any, ...]
+    if adaptive:
+        own = (_adaptive, _adaptive_gradient, _adaptive_cases, _adaptive_reductions)
+    else:
+        own = (_forward, _gradient, _cases, _reductions)
+    forward, gradient, cases, terms = (bind(function, dims) for function in own)
+    return Spec(name, f"nn.functional.{name}", forward, gradient, cases, terms)
+
+
+SPECS = tuple(_spec(dims, adaptive) for dims in (1, 2, 3) for adaptive in (False, True))
