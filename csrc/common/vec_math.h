@@ -184,6 +184,94 @@ inline Vec<C> log2(Vec<C> x) {
   return select<C>(greater(x, Vec<C>{}), log2_normal<C>(x), select<C>(is_nan(x), x, splat(-kInfinity<C>)));
 }
 
+inline VecF square_root(VecF v) {
+#if PYDL_VEC_BYTES == 64
+  return (VecF)_mm512_maskz_sqrt_ps(-1, (__m512)v);
+#elif PYDL_VEC_BYTES == 32
+  return (VecF)_mm256_sqrt_ps((__m256)v);
+#elif defined(__x86_64__)
+  return (VecF)_mm_sqrt_ps((__m128)v);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+inline VecD square_root(VecD v) {
+#if PYDL_VEC_BYTES == 64
+  return (VecD)_mm512_maskz_sqrt_pd(-1, (__m512d)v);
+#elif PYDL_VEC_BYTES == 32
+  return (VecD)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__x86_64__)
+  return (VecD)_mm_sqrt_pd((__m128d)v);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
+// x^-0.75, with inf of 0, 0 of inf and NaN of negative numbers.
+inline VecD power_minus_three_quarters(VecD x) {
+  const VecD root = square_root(x);
+  return 1.0 / (root * square_root(root));
+}
+inline VecF power_minus_three_quarters(VecF x) {
+#if PYDL_VEC_BYTES == 64
+  // Roots and quotients of 16 lanes take some 60 cycles. Estimates z of 14 bits take a few, and since z^4 x^3 = 1 is
+  // where z should be, one step of Newton's method for z^-4 = x^3 makes them exact but for rounding.
+  const VecF root = (VecF)_mm512_maskz_rsqrt14_ps(-1, (__m512)x);
+  const VecF z = root * (root * (VecF)_mm512_maskz_rsqrt14_ps(-1, (__m512)root));
+  const VecF quarter = z * x;  // x^0.25: no product leaves the range
+  const VecF better = z + z * (0.25f - 0.25f * (quarter * quarter * (z * quarter)));
+  return select<float>(is_nan(better), root, better);  // of 0 and inf the first estimate is exact
+#else
+  const VecF root = square_root(x);
+  return 1.0f / (root * square_root(root));
+#endif
+}
+
+// x^exponent as C's pow has it, for any x and finite exponents; results below 2^exp2_low are 0.
+template <class C>
+struct Power {
+  explicit Power(double exponent) : whole(C(exponent)) {
+    using B = FloatBits<C>;
+    // So few digits that the product with a binary exponent is exact.
+    constexpr int_t<C> low_half = (int_t<C>(1) << (B::mantissa / 2 + 1)) - 1;
+    high = __builtin_bit_cast(C, __builtin_bit_cast(int_t<C>, whole) & ~low_half);
+    low = C(exponent - double(high));
+    at_zero = exponent < 0 ? kInfinity<C> : exponent == 0 ? C(1) : C(0);
+    at_infinity = exponent < 0 ? C(0) : exponent == 0 ? C(1) : kInfinity<C>;
+    at_nan = exponent == 0 ? C(1) : C(__builtin_nan(""));
+    const double half = exponent / 2;
+    const bool even = half == __builtin_floor(half), integer = exponent == __builtin_floor(exponent);
+    negative = even ? C(1) : integer ? C(-1) : C(__builtin_nan(""));
+  }
+
+  Vec<C> operator()(Vec<C> x) const {
+    using B = FloatBits<C>;
+    constexpr int_t<C> one = int_t<C>(1);
+    constexpr C least = __builtin_bit_cast(C, one << B::mantissa), step = C(one << B::mantissa);
+    Vec<C> size = (Vec<C>)((IntVec<C>)x & (int_t<C>)(~(one << (8 * sizeof(C) - 1))));
+    const Mask<C> subnormal = greater(splat(least), size);
+    const Vec<C> mantissa = select<C>(subnormal, size * step, size);
+    const IntVec<C> k = ((IntVec<C>)mantissa - B::root_half) >> B::mantissa;
+    const Vec<C> f = (Vec<C>)((IntVec<C>)mantissa - (k << B::mantissa)) - C(1);
+    const Vec<C> binary = to_float<C>(k) - select<C>(subnormal, splat(C(B::mantissa)), Vec<C>{});
+    const Vec<C> exact = binary * high, n = round_even(exact), rest = binary * low + log2_near_one(f) * whole;
+    const Vec<C> m = round_even((exact - n) + rest), power = n + m;
+    const Vec<C> top = splat(C(B::bias + 1)), bottom = splat(B::exp2_low);
+    const Vec<C> inside = min_number(top, max_number(bottom, power));
+    Vec<C> value = scale<C>(exp_small((((exact - n) - m) + rest) * C(0.69314718055994530942)), inside);
+    value = select<C>(greater(power, top), splat(kInfinity<C>), value);
+    value = select<C>(greater(bottom, power), Vec<C>{}, value);
+    value = select<C>(greater(size, Vec<C>{}), value, splat(at_zero));
+    value = select<C>(greater(splat(kInfinity<C>), size), value, splat(at_infinity));
+    value = select<C>(greater(Vec<C>{}, x), value * negative, value);
+    return select<C>(is_nan(x), splat(at_nan), value);
+  }
+
+  C whole, high, low, at_zero, at_infinity, at_nan, negative;
+};
+
 // Moves the powers of two out of the factors, which are then in [1, 2); of 0 and NaN nothing is moved.
 template <class C>
 inline Exp<C> normalize(Exp<C> v) {
