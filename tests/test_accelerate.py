@@ -19,7 +19,8 @@ ARGUMENTS |= {name: (5,) for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d
 ARGUMENTS |= {f"{kind}Pool{dims}d": (3, 2, 1) for kind in ("Avg", "Max") for dims in (1, 2, 3)}
 ARGUMENTS |= {f"Adaptive{kind}Pool{dims}d": (2,) for kind in ("Avg", "Max") for dims in (1, 2, 3)}
 SHAPES = {"BatchNorm1d": (2, 5, 24), "BatchNorm3d": (2, 5, 3, 2, 4)}
-SHAPES |= {f"{kind}Pool1d": (2, 5, 24) for kind in ("Avg", "Max", "AdaptiveAvg", "AdaptiveMax")}
+ARGUMENTS |= {f"{kind}{dims}d": args for kind, args in (("LPPool", (2, 2)), ("MaxUnpool", (2,))) for dims in (1, 2, 3)}
+SHAPES |= {f"{kind}Pool1d": (2, 5, 24) for kind in ("Avg", "Max", "AdaptiveAvg", "AdaptiveMax", "LP")}
 
 
 def ctc_loss(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -28,8 +29,16 @@ def ctc_loss(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module(x.flatten(0, 1).log_softmax(-1), targets, (10, 9, 8, 7, 10, 5), (3, 3, 2, 1, 0, 3))
 
 
+def max_unpool(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a pooling by two found in x, as many dimensions as the module has."""
+    dims = int(type(module).__name__[-2])
+    x = x.flatten(2) if dims == 1 else x
+    y, indices = getattr(nn.functional, f"max_pool{dims}d")(x, 2, return_indices=True)
+    return module(y, indices)
+
+
 # modules that take more than one tensor
-CALLS = {"CTCLoss": ctc_loss}
+CALLS = {"CTCLoss": ctc_loss, **{f"MaxUnpool{dims}d": max_unpool for dims in (1, 2, 3)}}
 
 
 def lenet() -> nn.Sequential:

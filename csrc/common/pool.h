@@ -289,6 +289,28 @@ inline PoolShape index_shape(const char* op, const Tensor& tensor, const int64_t
   return s;
 }
 
+// Shape of an unpooling: `indices` are its smaller side, `size` the larger one's, `x` a tensor of either side.
+inline PoolShape unpool_shape(const char* op, const Tensor& x, const Tensor& indices, const int64_t* size,
+                              int64_t dims) {
+  const Array meta(x), index(indices);
+  STD_TORCH_CHECK(dims >= 1 && dims <= 3 && meta.dim == dims + 2 && index.dim == dims + 2, op,
+                  ": the tensors must have 3 to 5 dimensions, two more than size, got ", meta.dim, " and ", index.dim);
+  STD_TORCH_CHECK(host::is_floating(meta.dtype), op, ": values must be float32, float64, float16 or bfloat16");
+  STD_TORCH_CHECK(index.dtype == Dtype::kInt64, op, ": indices must be int64");
+  PoolShape s = plain_shape(meta);
+  STD_TORCH_CHECK(index.sizes[0] == s.batch && index.sizes[1] == s.channels, op, ": indices must have ", s.batch, " x ",
+                  s.channels, " planes, got ", index.sizes[0], " x ", index.sizes[1]);
+  const bool smaller = meta.sizes + 2 != size;  // else the sizes are its own
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t out = index.sizes[2 + i];
+    STD_TORCH_CHECK(size[i] > 0 && size[i] < kPoolLimit && out < kPoolLimit, op, ": sizes must be in [1, 2^31), got ",
+                    size[i]);
+    STD_TORCH_CHECK(!smaller || meta.sizes[2 + i] == out, op, ": indices must have the shape of x");
+    axis_of(s, i) = {size[i], out, 1, 1, 0, 1};
+  }
+  return s;
+}
+
 // The geometry of a mean over the windows of a tensor, its input or (backward) its output. `window` holds the other
 // side's sizes, then kernel_size, stride and padding unless the windows are adaptive.
 inline PoolShape mean_shape(const char* op, const Tensor& tensor, const Sizes& window, bool forward) {

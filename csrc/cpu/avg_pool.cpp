@@ -150,10 +150,9 @@ void enter_columns(const PoolMean& a, const MeanTile& t, const MeanBuffers<C>& b
   for (int64_t o = first; o < last; ++o) {
     const C part = share<C>(a, w, o);
     b.shares[o - first] = FORWARD ? part : 1 / part;
-    if (t.vector) continue;
-    const Span<int64_t> inside = inputs_of(w, o);
-    b.spans[o - first] = {larger(inside.first, FORWARD ? r.left : r.first_col),
-                          smaller(inside.last, FORWARD ? r.right : r.last_col)};
+  }
+  for (int64_t i = r.first_col; !t.vector && i < r.last_col; ++i) {
+    b.spans[i - r.first_col] = {sources<FORWARD>(w, i).first - r.left, sources<FORWARD>(w, i).last - r.left};
   }
   for (int64_t i = last - first; FORWARD && i < t.cols; ++i) b.shares[i] = 1;
 }
@@ -208,24 +207,21 @@ inline C sum_of_range(const C* p, int64_t n) {
   return sum(add_up(parts));
 }
 
-// Columns that are not vectorised: each output's range is added up, or each dy is added to its range.
+// Columns that are not vectorised: the range behind each is added up.
 template <bool FORWARD, class T, class C>
 void add_ranges(const MeanBuffers<C>& b, const Tile& r, C divisor, T* to) {
-  if constexpr (FORWARD) {
-    for (int64_t o = 0; o < r.last_col - r.first_col; ++o) {
-      const Span<int64_t> span = b.spans[o];
-      from_compute(sum_of_range(b.row + span.first - r.left, span.last - span.first) / (b.shares[o] * divisor), to + o);
+  const int64_t n = r.last_col - r.first_col;
+  for (int64_t i = 0; i < n; ++i) {
+    const Span<int64_t> span = b.spans[i];
+    if constexpr (FORWARD) {
+      b.line[i] = sum_of_range(b.row + span.first, span.last - span.first) / (b.shares[i] * divisor);
+    } else {  // most elements belong to one window or none
+      C total = span.first < span.last ? b.row[span.first] : C(0);
+      for (int64_t o = span.first + 1; o < span.last; ++o) total += b.row[o];
+      b.line[i] = total;
     }
-  } else {
-    const int64_t n = r.last_col - r.first_col;
-    for (int64_t i = 0; i < n; ++i) b.line[i] = 0;
-    for (int64_t o = 0; o < r.right - r.left; ++o) {
-      const Span<int64_t> span = b.spans[o];
-      const C value = b.row[o];
-      for (int64_t i = span.first - r.first_col; i < span.last - r.first_col; ++i) b.line[i] += value;
-    }
-    sweep<C>(n, [&](int64_t i, int, auto extent) { store(to + i, load(b.line + i, extent), extent); });
   }
+  sweep<C>(n, [&](int64_t i, int, auto extent) { store(to + i, load(b.line + i, extent), extent); });
 }
 
 template <bool FORWARD, class T, class C>

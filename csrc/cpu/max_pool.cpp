@@ -250,6 +250,7 @@ namespace pydl {
 PYDL_CPU_DECLARE(void, max_pool_tiles, const PoolFwd&, void*, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, max_pool_rows, const PoolFwd&, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, max_pool_outputs, const PoolFwd&, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, max_pool_planes, const PoolFwd&, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, max_pool_volumes, const PoolFwd&, void*, int64_t, int64_t)
 
 namespace {
@@ -307,6 +308,9 @@ Sizes flat_taps(const PoolShape& s) {
   return places;
 }
 
+// One window whose taps are the input's elements, so that a tap's number is its position.
+bool whole(const PoolDim& d) { return d.out == 1 && d.kernel == d.in && d.padding == 0 && d.dilation == 1; }
+
 Pooled max_pool_fwd(const Tensor& x_in, const PoolShape& s, bool with_indices, bool flat) {
   const Tensor x = dense_in(x_in, s.channels_last);
   const Array meta(x);
@@ -315,6 +319,11 @@ Pooled max_pool_fwd(const Tensor& x_in, const PoolShape& s, bool with_indices, b
   const int64_t outputs = s.batch * s.channels * s.d.out * s.h.out * s.w.out;
   if (outputs == 0) return out;
   PoolFwd a{s, meta.data, out.y.data, with_indices ? out.indices->data : nullptr, nullptr, flat, meta.dtype};
+  if (!s.channels_last && whole(s.d) && whole(s.h) && whole(s.w)) {
+    host::parallel(outputs, s.d.in * s.h.in * s.w.in / 2 + 16,
+                   [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_planes)(a, begin, end); });
+    return out;
+  }
   // Windows that are mostly padding, or more taps than the kernels number, are not worth a vector.
   const bool uneven = !s.channels_last && (s.h.adaptive || s.w.adaptive);
   if (taps_of(s) > 65536 || s.w.padding > s.w.in + 64 || uneven) {

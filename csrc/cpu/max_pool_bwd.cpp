@@ -2,8 +2,8 @@
 //
 // Backward in the contiguous layout: a thread owns whole planes and adds the gradients of a plane's outputs in order.
 // Channels-last layout: every input pixel gathers from the windows that cover it, vectorised over channels, in the same
-// order; with few channels a thread owns whole images instead. No element is written by two threads, so results do not
-// depend on them. Indices that lie outside the plane are skipped.
+// order; with few channels or many taps a thread owns whole images instead. No element is written by two threads, so
+// results do not depend on them. Indices that lie outside the plane are skipped.
 
 #include "common/pool.h"
 #include "common/vec.h"
@@ -17,6 +17,7 @@ class Resolver {
   explicit Resolver(const PoolBwd& a)
       : d_(a.shape.d), h_(a.shape.h), w_(a.shape.w), gaps_(jumps(d_) || jumps(h_) || jumps(w_)) {
     if (a.flat) return;
+    taps_ = smaller(255, smaller(256, d_.kernel) * smaller(256, h_.kernel * w_.kernel));
     for (int64_t tap = 0; tap < 256; ++tap) {
       const int64_t i = tap / (w_.kernel * h_.kernel), j = tap / w_.kernel % h_.kernel, k = tap % w_.kernel;
       const bool exists = i < d_.kernel;
@@ -25,6 +26,7 @@ class Resolver {
       col_[tap] = exists ? k * w_.dilation : kNowhere;
       const uint64_t plane = uint64_t(depth_[tap]) * uint64_t(h_.in) + uint64_t(row_[tap]);
       step_[tap] = exists ? int64_t(plane * uint64_t(w_.in) + uint64_t(col_[tap])) : kNowhere;
+      border_[tap] = kNowhere;
     }
   }
 
@@ -40,14 +42,33 @@ class Resolver {
     // A window whose taps all miss the input has a position in padding, which may look like another row's.
     return gaps_ && !(reaches(d_, od) && reaches(h_, oh) && reaches(w_, ow)) ? -1 : flat;
   }
-  // The same for a window that lies inside the input as a whole.
-  int64_t inside(uint8_t tap, int64_t od, int64_t oh, int64_t ow) const {
-    return (window_start(d_, od) * h_.in + window_start(h_, oh)) * w_.in + window_start(w_, ow) + step_[tap];
+  // The outputs that follow are those of row (od, oh).
+  void enter_row(int64_t od, int64_t oh) {
+    const int64_t depth = window_start(d_, od), row = window_start(h_, oh);
+    origin_ = (depth * h_.in + row) * w_.in;
+    steps_ = step_;
+    if (within(d_, depth) && within(h_, row)) return;
+    steps_ = border_;
+    for (int64_t tap = 0; tap < taps_; ++tap) {
+      const bool inside =
+          uint64_t(depth + depth_[tap]) < uint64_t(d_.in) && uint64_t(row + row_[tap]) < uint64_t(h_.in);
+      border_[tap] = inside ? step_[tap] : kNowhere;
+    }
   }
-  int64_t inside(int64_t flat, int64_t od, int64_t oh, int64_t ow) const { return (*this)(flat, od, oh, ow); }
+  // Position that an index of the row points to, for a window whose columns lie inside the input; the end of the plane
+  // is still to be checked.
+  int64_t in_row(uint8_t tap, int64_t, int64_t, int64_t ow) const {
+    return origin_ + window_start(w_, ow) + steps_[tap];
+  }
+  int64_t in_row(int64_t flat, int64_t od, int64_t oh, int64_t ow) const {
+    return gaps_ ? (*this)(flat, od, oh, ow) : flat;
+  }
 
  private:
   static bool jumps(const PoolDim& d) { return d.dilation > d.in; }
+  static bool within(const PoolDim& d, int64_t start) {
+    return start >= 0 && start + (d.kernel - 1) * d.dilation < d.in;
+  }
   static bool reaches(const PoolDim& d, int64_t o) {
     const Span<int64_t> taps = inner_taps(d, o);
     return taps.first < taps.last;
@@ -56,15 +77,14 @@ class Resolver {
   static constexpr int64_t kNowhere = -(int64_t(1) << 62);
   const PoolDim d_, h_, w_;
   const bool gaps_;
-  int64_t depth_[256], row_[256], col_[256], step_[256];
+  int64_t depth_[256], row_[256], col_[256], step_[256], border_[256];
+  const int64_t* steps_ = step_;
+  int64_t origin_ = 0, taps_ = 0;
 };
 
-// Outputs [first, last) whose windows lie inside the input as a whole.
-struct Interior {
-  int64_t first, last;
-};
-inline Interior interior(const PoolDim& d) {
-  if (d.adaptive) return {0, 0};  // windows of several sizes, whose tap numbers may lie past their end
+// Outputs [first, last) whose windows lie inside the input along one dimension.
+inline Span<int64_t> interior(const PoolDim& d) {
+  if (d.adaptive) return {0, 0};  // the bound on the number of taps may reach past the end
   const int64_t first = smaller(ceil_div(d.padding, d.stride), d.out);
   const int64_t last = floor_div(d.in - 1 - (d.kernel - 1) * d.dilation + d.padding, d.stride) + 1;
   return {first, larger(first, smaller(last, d.out))};
@@ -77,32 +97,31 @@ template <bool LAST, class I, class T, class C>
 void scatter_items(const PoolBwd& a, C* sums, int64_t begin, int64_t end) {
   const PoolShape& s = a.shape;
   const int64_t inner = LAST ? s.channels : 1, row_outputs = s.w.out * inner, rows = s.d.out * s.h.out;
-  const int64_t inputs = s.d.in * s.h.in * s.w.in * inner;
-  const Resolver resolve(a);
-  const Interior depths = interior(s.d), heights = interior(s.h), cols = interior(s.w);
+  const int64_t pixels = s.d.in * s.h.in * s.w.in, inputs = pixels * inner;
+  Resolver resolve(a);
+  const Span<int64_t> cols = interior(s.w);
   for (int64_t item = begin; item < end; ++item) {
     const T* dy = static_cast<const T*>(a.dy) + item * rows * row_outputs;
     const I* index = static_cast<const I*>(a.indices) + item * rows * row_outputs;
     T* dx = static_cast<T*>(a.dx) + item * inputs;
     if constexpr (is_same<T, C>) sums = dx;
     sweep<C>(inputs, [&](int64_t i, int, auto extent) { store(sums + i, Vec<C>{}, extent); });
-    const auto add = [&](int64_t position, int64_t o, int64_t c) {
-      if (position >= 0) sums[position * inner + c] += to_compute(dy[o]);
-    };
     for (int64_t row = 0; row < rows; ++row, dy += row_outputs, index += row_outputs) {
       const int64_t od = row / s.h.out, oh = row % s.h.out;
-      const bool row_inside = od >= depths.first && od < depths.last && oh >= heights.first && oh < heights.last;
-      const int64_t first = row_inside ? cols.first : s.w.out, last = row_inside ? cols.last : s.w.out;
+      const auto add = [&](int64_t at, int64_t o, int64_t c) {
+        if (uint64_t(at) < uint64_t(pixels)) sums[at * inner + c] += to_compute(dy[o]);
+      };
       const auto border = [&](int64_t from, int64_t to) {
-        for (int64_t ow = from; ow < to; ++ow) {
-          for (int64_t c = 0, o = ow * inner; c < inner; ++c, ++o) add(resolve(index[o], od, oh, ow), o, c);
+        for (int64_t ow = from, o = from * inner; ow < to; ++ow) {
+          for (int64_t c = 0; c < inner; ++c, ++o) add(resolve(index[o], od, oh, ow), o, c);
         }
       };
-      border(0, first);
-      for (int64_t ow = first; ow < last; ++ow) {
-        for (int64_t c = 0, o = ow * inner; c < inner; ++c, ++o) add(resolve.inside(index[o], od, oh, ow), o, c);
+      resolve.enter_row(od, oh);
+      border(0, cols.first);
+      for (int64_t ow = cols.first, o = cols.first * inner; ow < cols.last; ++ow) {
+        for (int64_t c = 0; c < inner; ++c, ++o) add(resolve.in_row(index[o], od, oh, ow), o, c);
       }
-      border(last, s.w.out);
+      border(cols.last, s.w.out);
     }
     if constexpr (!is_same<T, C>) {
       sweep<C>(inputs, [&](int64_t i, int, auto extent) { store(dx + i, load(sums + i, extent), extent); });
@@ -137,6 +156,17 @@ struct Pixel {
   int64_t n, id, ih, iw, place;
   Span<int64_t> depths, rows, cols;
 };
+
+// covering(d, i) from that of the input before it, without a division.
+inline void advance(const PoolDim& d, int64_t i, Span<int64_t>& span) {
+  if (d.adaptive) {
+    span = covering(d, i);
+    return;
+  }
+  const int64_t reach = i + d.padding;
+  while (span.last < d.out && span.last * d.stride <= reach) ++span.last;
+  while (span.first < span.last && span.first * d.stride + (d.kernel - 1) * d.dilation < reach) ++span.first;
+}
 
 // U vectors of channels of one input pixel.
 template <int U, class I, class T, class C, class Extent>
@@ -178,8 +208,9 @@ void gather_rows(const PoolBwd& a, int64_t begin, int64_t end) {
     p.ih = item % s.h.in;
     p.depths = covering(s.d, p.id);
     p.rows = covering(s.h, p.ih);
+    p.cols = {0, 0};
     for (p.iw = 0; p.iw < s.w.in; ++p.iw) {
-      p.cols = covering(s.w, p.iw);
+      advance(s.w, p.iw, p.cols);
       p.place = (p.id * s.h.in + p.ih) * s.w.in + p.iw;
       int64_t c = 0;
       for (; c + 16 * L <= s.channels; c += 16 * L) gather_channels<16, I, T, C>(a, p, c, Whole{});
@@ -266,6 +297,12 @@ void run_scatter(const PoolBwd& a) {
   });
 }
 
+// Whether pixels gather, with a look at every window that spans them, or outputs are added up one by one.
+bool gathers(const PoolShape& s) {
+  constexpr int64_t kFewChannels = 8, kManyTaps = 12;  // lanes of a vector left empty; looks for nothing
+  return s.channels >= kFewChannels && taps_of(s) < kManyTaps;
+}
+
 Tensor max_pool_bwd(const Tensor& dy_in, const Tensor& indices_in, const Sizes& size, const Sizes& window) {
   const char* const op = "max_pool_bwd";
   const PoolShape s = index_shape(op, indices_in, size.data(), int64_t(size.size()), window);
@@ -277,8 +314,7 @@ Tensor max_pool_bwd(const Tensor& dy_in, const Tensor& indices_in, const Sizes& 
   Output dx = empty_pool(s, false, grad.dtype);
   if (s.batch * s.channels == 0) return std::move(dx.tensor);
   const PoolBwd a{s, grad.data, index.data, dx.data, index.dtype == Dtype::kInt64, grad.dtype};
-  constexpr int64_t kFewChannels = 8;  // fewer leave most lanes of a vector empty
-  if (s.channels_last && s.channels >= kFewChannels) {
+  if (s.channels_last && gathers(s)) {
     host::parallel(s.batch * s.d.in * s.h.in, s.w.in * s.channels * 4,
                    [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_gather_rows)(a, begin, end); });
   } else {

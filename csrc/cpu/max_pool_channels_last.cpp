@@ -1,6 +1,7 @@
-// Max pooling, forward: the channels-last layout, vectorised over channels, and a plain loop for shapes that the other
-// kernels' buffers and tap numbers do not fit.
+// Max pooling, forward: the channels-last layout, vectorised over channels, windows over whole planes, and a plain loop
+// for shapes that the other kernels' buffers and tap numbers do not fit.
 
+#include "common/lanes.h"
 #include "cpu/max_pool_window.h"
 
 namespace pydl::PYDL_ISA {
@@ -92,12 +93,12 @@ void plain_outputs(const PoolFwd& a, int64_t begin, int64_t end) {
     int64_t place = t.origin + tap_distance(s, t.d.first, t.h.first, t.w.first);
     for (int64_t i = t.d.first; i < t.d.last; ++i) {
       for (int64_t j = t.h.first; j < t.h.last; ++j) {
-        for (int64_t k = t.w.first; k < t.w.last; ++k) {
-          const int64_t at = t.origin + tap_distance(s, i, j, k);
+        int64_t at = t.origin + tap_distance(s, i, j, t.w.first), number = tap_number(s, i, j, t.w.first);
+        for (int64_t k = t.w.first; k < t.w.last; ++k, at += s.w.dilation, ++number) {
           const C v = to_compute(x[at * step]);
           if (v > best || v != v) {
             best = v;
-            tap = tap_number(s, i, j, k);
+            tap = number;
             place = at;
           }
         }
@@ -113,7 +114,64 @@ void plain_outputs(const PoolFwd& a, int64_t begin, int64_t end) {
   }
 }
 
+// ---- contiguous layout, windows over whole planes of n elements
+
+// The largest element, or the last NaN.
+template <class T, class C>
+int64_t largest_of(const T* x, int64_t n, bool find, C* value) {
+  Vec<C> best[4];
+  for (Vec<C>& b : best) b = splat(-kInfinity<C>);
+  Mask<C> nan = {};
+  sweep<C>(n, [&](int64_t i, int slot, auto extent) {
+    const Vec<C> v = load(x + i, extent, splat(-kInfinity<C>));
+    nan |= is_nan(v);
+    best[slot] = max_number(v, best[slot]);
+  });
+  if (any<C>(nan)) {
+    int64_t at = n - 1;
+    while (to_compute(x[at]) == to_compute(x[at])) --at;
+    *value = to_compute(x[at]);
+    return at;
+  }
+  const Vec<C> lanes = max_number(max_number(best[0], best[1]), max_number(best[2], best[3]));
+  C most = lanes[0];
+  for (int i = 1; i < kLanes<C>; ++i) most = lanes[i] > most ? lanes[i] : most;
+  *value = most;
+  if (!find || most == -kInfinity<C>) return 0;
+  constexpr uint32_t kAll = uint32_t((uint64_t(1) << kLanes<C>)-1);
+  for (int64_t i = 0;; i += kLanes<C>) {
+    const Vec<C> fill = splat(-kInfinity<C>);
+    const Vec<C> v = i + kLanes<C> <= n ? load(x + i) : load(x + i, Part{n - i}, fill);
+    const uint32_t reached = kAll & ~lane_bits<C>(greater(splat(most), v));
+    if (reached != 0) {
+      *value = to_compute(x[i + __builtin_ctz(reached)]);
+      return i + __builtin_ctz(reached);
+    }
+  }
+}
+
+template <class T, class C>
+void whole_planes(const PoolFwd& a, int64_t begin, int64_t end) {
+  const int64_t n = a.shape.d.in * a.shape.h.in * a.shape.w.in;
+  for (int64_t plane = begin; plane < end; ++plane) {
+    C value;
+    const int64_t at = largest_of<T, C>(static_cast<const T*>(a.x) + plane * n, n, a.indices != nullptr, &value);
+    from_compute(value, static_cast<T*>(a.y) + plane);
+    if (a.indices == nullptr) continue;
+    if (a.flat) {
+      static_cast<int64_t*>(a.indices)[plane] = at;
+    } else {
+      static_cast<uint8_t*>(a.indices)[plane] = uint8_t(at);
+    }
+  }
+}
+
 }  // namespace
+
+// Planes [begin, end) of the contiguous layout, each of them one window.
+void max_pool_planes(const PoolFwd& a, int64_t begin, int64_t end) {
+  PYDL_FLOAT_SWITCH(a.dtype, whole_planes<T, compute_t<T>>(a, begin, end));
+}
 
 // Rows [begin, end) of the batch * d.out * h.out output rows of the channels-last layout.
 void max_pool_rows(const PoolFwd& a, int64_t begin, int64_t end) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from pydl.ops._pool import (
     need_tensor,
     widened,
 )
+from pydl.ops.max_pool import max_pool1d, max_pool2d, max_pool3d
 
 __all__ = [
     "adaptive_avg_pool1d",
@@ -30,8 +32,12 @@ __all__ = [
     "avg_pool1d",
     "avg_pool2d",
     "avg_pool3d",
+    "lp_pool1d",
+    "lp_pool2d",
+    "lp_pool3d",
 ]
 
+_LARGEST = {1: max_pool1d, 2: max_pool2d, 3: max_pool3d}
 _FAMILIES = {
     name: Family(
         name,
@@ -201,6 +207,99 @@ def adaptive_avg_pool3d(input: Tensor, output_size: int | Sequence[int | None]) 
     The parts are those of :func:`adaptive_avg_pool1d` along each axis.
     """
     return _adaptive(3, input, output_size)
+
+
+def lp_pool1d(
+    input: Tensor, norm_type: int | float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
+) -> Tensor:
+    """The p-th root of the sum of p-th powers of each window of a sequence.
+
+    Args:
+        input: [N, C, L] or [C, L], floating point.
+        norm_type: p; infinity is the largest magnitude.
+        kernel_size: window length, an int or a tuple of one.
+        stride: step between windows, default the kernel size.
+        ceil_mode: also keep a last window that overhangs the input; its sum is scaled up to kernel_size elements.
+
+    Returns:
+        [N, C, L_out] (or without N).
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        RuntimeError: a rank, size, or argument that makes no sense; the message names it.
+
+    (kernel_size * mean(x ** p)) ** (1 / p) on the kernels of :func:`avg_pool1d`; where the sum is zero the gradient is.
+    """
+    return _lp_pool(1, input, norm_type, kernel_size, stride, ceil_mode)
+
+
+def lp_pool2d(
+    input: Tensor, norm_type: int | float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
+) -> Tensor:
+    """The p-th root of the sum of p-th powers of each window of a plane.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W], floating point.
+        norm_type: p; infinity is the largest magnitude.
+        kernel_size: window height and width, one int or two.
+        stride: step between windows, default the kernel size.
+        ceil_mode: as for :func:`lp_pool1d`.
+
+    Returns:
+        [N, C, H_out, W_out] (or without N).
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        RuntimeError: a rank, size, or argument that makes no sense; the message names it.
+    """
+    return _lp_pool(2, input, norm_type, kernel_size, stride, ceil_mode)
+
+
+def lp_pool3d(
+    input: Tensor, norm_type: int | float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
+) -> Tensor:
+    """The p-th root of the sum of p-th powers of each window of a volume.
+
+    Args:
+        input: [N, C, D, H, W] or [C, D, H, W], floating point.
+        norm_type: p; infinity is the largest magnitude.
+        kernel_size: window depth, height and width, one int or three.
+        stride: step between windows, default the kernel size.
+        ceil_mode: as for :func:`lp_pool1d`.
+
+    Returns:
+        [N, C, D_out, H_out, W_out] (or without N).
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        RuntimeError: a rank, size, or argument that makes no sense; the message names it.
+    """
+    return _lp_pool(3, input, norm_type, kernel_size, stride, ceil_mode)
+
+
+def _lp_pool(
+    dims: int, input: Tensor, p: int | float, kernel_size: Ints, stride: Ints | None, ceil_mode: bool
+) -> Tensor:
+    name = f"lp_pool{dims}d"
+    need_tensor(name, input)
+    window = _check(dims, input.shape, kernel_size, stride, 0, ceil_mode, True, None)
+    decision = choose(_FAMILIES[name], input)
+    k, s = window[dims : 2 * dims], window[2 * dims : 3 * dims]
+    if decision.backend == "torch":
+        one = dims == 1  # torch multiplies by the kernel size, which must be a number there
+        y: Tensor = getattr(torch.nn.functional, name)(input, p, k[0] if one else k, s[0] if one else s, ceil_mode)
+        return y
+    if p in (math.inf, -math.inf):
+        sign = 1 if p > 0 else -1
+        largest = _LARGEST[dims](sign * input.abs(), k, s, 0, 1, ceil_mode)
+        assert isinstance(largest, Tensor)
+        return sign * largest
+    x = input.float() if input.dtype.itemsize == 2 else input  # every step would round again in half precision
+    total = _run(decision, dims, x.pow(p), window, True, None) * math.prod(k)
+    # the root's slope is infinite at zero: torch's gradient there is zero, for which one branch is held fixed
+    empty = total == 0
+    y = torch.where(empty, total.detach().pow(1 / p), torch.where(empty, 1, total).pow(1 / p))
+    return y.to(widened(dims, input).dtype)
 
 
 def _adaptive(dims: int, input: Tensor, size: int | Sequence[int | None]) -> Tensor:

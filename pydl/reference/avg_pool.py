@@ -87,7 +87,7 @@ def _adaptive_grad(dims, dy, x, output_size):
     return means_grad(dy, x, _parts(x, dims, output_size))
 
 
-def _adaptive_reductions(dims, *args):
+def _adaptive_reductions(dims, *args, **kwargs):
     return (2**dims,)
 
 
@@ -148,16 +148,55 @@ def _adaptive_cases(dims: int) -> Iterator[Case]:
     yield Case("empty batch", (np.zeros((0, 3, *odd)), 4))
 
 
-def _spec(dims: int, adaptive: bool) -> Spec:
+def lp_pool(dims, x, norm_type, kernel_size, stride=None, ceil_mode=False):
+    """(sum of x ** p) ** (1 / p) of each window, a last one that overhangs scaled up to kernel_size elements."""
+    if np.isinf(norm_type):
+        axes = _axes(x, dims, kernel_size, stride, 0, ceil_mode, True)
+        y = np.zeros((*x.shape[:-dims], *(len(axis) for axis in axes)))
+        for place, box, _ in _boxes(axes):
+            y[place] = np.abs(x[box]).max(axis=tuple(range(-dims, 0)))
+        return y
+    elements = int(np.prod(_list(kernel_size, dims)))
+    return (avg_pool(dims, x**norm_type, kernel_size, stride, 0, ceil_mode) * elements) ** (1 / norm_type)
+
+
+def _lp_pool_grad(dims, dy, x, norm_type, kernel_size, stride=None, ceil_mode=False):
+    elements = int(np.prod(_list(kernel_size, dims)))
+    y = lp_pool(dims, x, norm_type, kernel_size, stride, ceil_mode)
+    slope = np.where(y == 0, 0, dy * np.where(y == 0, 1, y) ** (1 - norm_type)) * elements
+    axes = _axes(x, dims, kernel_size, stride, 0, ceil_mode, True)
+    return (means_grad(slope, x, axes)[0] * x ** (norm_type - 1),)
+
+
+def _lp_cases(dims: int) -> Iterator[Case]:
+    rng = np.random.default_rng(20 + dims)
+    odd = {1: (35,), 2: (11, 17), 3: (5, 7, 9)}[dims]
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape)
+
+    yield Case("p2 k3 s2", (normal(2, 9, *odd), 2, 3, 2), layouts=True)
+    yield Case("p3 of positive values, ceil", (np.abs(normal(2, 3, *odd)) + 0.1, 3.0, 2, None, True))
+    yield Case("p1", (np.abs(normal(1, 3, *odd)) + 0.1, 1, 3, 1))
+    yield Case("infinity", (normal(2, 3, *odd), np.inf, 2), gradients=False)
+    yield Case("away from zero", (np.abs(normal(1, 2, *odd)) + 0.5, 2, 2), second=True)
+    zeros = normal(2, 2, *odd)
+    zeros[0] = 0
+    yield Case("windows of zeros", (zeros, 2, 2))
+    yield Case("unbatched", (normal(3, *odd), 2, 2))
+    yield Case("empty batch", (np.zeros((0, 3, *odd)), 2, 2))
+
+
+def _spec(dims: int, kind: str) -> Spec:
     bind: Any = functools.partial
-    name = f"{'adaptive_' if adaptive else ''}avg_pool{dims}d"
-    own: tuple[Any, ...]
-    if adaptive:
-        own = (adaptive_avg_pool, _adaptive_grad, _adaptive_cases, _adaptive_reductions)
-    else:
-        own = (avg_pool, _avg_pool_grad, _cases, _reductions)
+    name = f"{kind}_pool{dims}d"
+    own: tuple[Any, ...] = {
+        "avg": (avg_pool, _avg_pool_grad, _cases, _reductions),
+        "adaptive_avg": (adaptive_avg_pool, _adaptive_grad, _adaptive_cases, _adaptive_reductions),
+        "lp": (lp_pool, _lp_pool_grad, _lp_cases, _adaptive_reductions),
+    }[kind]
     forward, gradient, cases, terms = (bind(function, dims) for function in own)
     return Spec(name, f"nn.functional.{name}", forward, gradient, cases, terms)
 
 
-SPECS = tuple(_spec(dims, adaptive) for dims in (1, 2, 3) for adaptive in (False, True))
+SPECS = tuple(_spec(dims, kind) for dims in (1, 2, 3) for kind in ("avg", "adaptive_avg", "lp"))
