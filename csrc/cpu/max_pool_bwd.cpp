@@ -237,10 +237,10 @@ void pick_items(const PoolBwd& a, int64_t begin, int64_t end) {
     const I* index = static_cast<const I*>(a.indices) + outputs;
     T* y = static_cast<T*>(a.dx) + outputs;
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = s.channels_last ? item % plane_rows : r;
+      const int64_t row = s.channels_last ? item % plane_rows : r, od = row / s.h.out, oh = row % s.h.out;
       for (int64_t ow = 0; ow < s.w.out; ++ow) {
         for (int64_t c = 0; c < inner; ++c, ++index, ++y) {
-          const int64_t position = resolve(*index, row / s.h.out, row % s.h.out, ow);
+          const int64_t position = resolve(*index, od, oh, ow);
           *y = position >= 0 ? x[position * inner + c] : T{};
         }
       }

@@ -81,19 +81,30 @@ void plain_outputs(const PoolFwd& a, int64_t begin, int64_t end) {
   const PoolShape& s = a.shape;
   const int64_t step = s.channels_last ? s.channels : 1, pixels = s.d.out * s.h.out * s.w.out;
   const int64_t inputs = s.d.in * s.h.in * s.w.in;
+  int64_t row_before = -1;
+  WindowTaps t{};
   for (int64_t position = begin; position < end; ++position) {
-    const int64_t channel = s.channels_last ? position % s.channels : position / pixels % s.channels;
-    const int64_t pixel = s.channels_last ? position / s.channels : position;
-    const int64_t od = pixel / (s.w.out * s.h.out) % s.d.out, oh = pixel / s.w.out % s.h.out, ow = pixel % s.w.out;
-    const T* x = static_cast<const T*>(a.x) + position / (s.channels * pixels) * s.channels * inputs +
-                 channel * (s.channels_last ? 1 : inputs);
-    const WindowTaps t = window_taps(s, od, oh, ow);
+    const int64_t pixel = s.channels_last ? position / s.channels : position, row = pixel / s.w.out;
+    const int64_t ow = pixel - row * s.w.out;
+    if (row != row_before) {  // divisions cost more than a small window
+      t = window_taps(s, row / s.h.out % s.d.out, row % s.h.out, 0);
+      t.origin -= window_start(s.w, int64_t(0));
+      row_before = row;
+    }
+    t.w = inner_taps(s.w, ow);
+    const int64_t origin = t.origin + window_start(s.w, ow);
+    const T* x = static_cast<const T*>(a.x);
+    if (s.channels_last) {
+      x += pixel / pixels * s.channels * inputs + position % s.channels;
+    } else {
+      x += row / (s.d.out * s.h.out) * inputs;
+    }
     C best = -kInfinity<C>;
     int64_t tap = tap_number(s, t.d.first, t.h.first, t.w.first);
-    int64_t place = t.origin + tap_distance(s, t.d.first, t.h.first, t.w.first);
+    int64_t place = origin + tap_distance(s, t.d.first, t.h.first, t.w.first);
     for (int64_t i = t.d.first; i < t.d.last; ++i) {
       for (int64_t j = t.h.first; j < t.h.last; ++j) {
-        int64_t at = t.origin + tap_distance(s, i, j, t.w.first), number = tap_number(s, i, j, t.w.first);
+        int64_t at = origin + tap_distance(s, i, j, t.w.first), number = tap_number(s, i, j, t.w.first);
         for (int64_t k = t.w.first; k < t.w.last; ++k, at += s.w.dilation, ++number) {
           const C v = to_compute(x[at * step]);
           if (v > best || v != v) {

@@ -42,7 +42,26 @@ void place_items(const Unpool& a, int64_t begin, int64_t end) {
   }
 }
 
+template <class T>
+void take_planes(const PoolBwd& a, int64_t begin, int64_t end) {
+  const PoolShape& s = a.shape;
+  const int64_t n = s.d.out * s.h.out * s.w.out, pixels = s.d.in * s.h.in * s.w.in;
+  for (int64_t plane = begin; plane < end; ++plane) {
+    const T* dy = static_cast<const T*>(a.dy) + plane * pixels;
+    const int64_t* index = static_cast<const int64_t*>(a.indices) + plane * n;
+    T* dx = static_cast<T*>(a.dx) + plane * n;
+    for (int64_t i = 0; i < n; ++i) {
+      dx[i] = uint64_t(index[i]) < uint64_t(pixels) ? dy[index[i]] : T{};
+    }
+  }
+}
+
 }  // namespace
+
+// Planes [begin, end) of the contiguous layout: dx = dy at the indices.
+void max_unpool_take(const PoolBwd& a, int64_t begin, int64_t end) {
+  PYDL_FLOAT_SWITCH(a.dtype, take_planes<T>(a, begin, end));
+}
 
 // Planes of the contiguous layout, or images of the channels-last layout, [begin, end).
 void max_unpool_place(const Unpool& a, int64_t begin, int64_t end) {
@@ -57,6 +76,7 @@ void max_unpool_place(const Unpool& a, int64_t begin, int64_t end) {
 namespace pydl {
 
 PYDL_CPU_DECLARE(void, max_unpool_place, const Unpool&, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, max_unpool_take, const PoolBwd&, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, max_pool_pick, const PoolBwd&, int64_t, int64_t)
 
 namespace {
@@ -87,11 +107,13 @@ Tensor max_unpool_bwd(const Tensor& dy_in, const Tensor& indices_in) {
   const Array grad(dy), index(indices);
   Output dx = empty_pool(s, true, grad.dtype);
   const PoolBwd a{s, grad.data, index.data, dx.data, true, grad.dtype};
-  const int64_t rows = s.d.out * s.h.out, items = s.batch * (s.channels_last ? rows : s.channels);
-  const int64_t outputs = s.w.out * (s.channels_last ? s.channels : rows);
-  if (outputs > 0) {
-    host::parallel(items, outputs * 4,
+  const int64_t rows = s.d.out * s.h.out;
+  if (s.channels_last) {
+    host::parallel(s.batch * rows, s.w.out * s.channels * 4,
                    [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_pick)(a, begin, end); });
+  } else {
+    host::parallel(s.batch * s.channels, rows * s.w.out * 2,
+                   [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_unpool_take)(a, begin, end); });
   }
   return std::move(dx.tensor);
 }
