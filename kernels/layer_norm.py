@@ -6,16 +6,14 @@ dweight and dbias as long as a row fits a tile. Statistics and sums are fp32 for
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._aot import Case
-from ._launch import Device, cdiv, device_facts, device_guard, next_power_of_two, require_dtype
+from ._launch import Device, cdiv, device_facts, device_guard, require_dtype
 from ._layer_norm_bwd import (
     _layer_norm_bwd_dwdb_kernel,
     _layer_norm_bwd_dx_kernel,
@@ -24,93 +22,18 @@ from ._layer_norm_bwd import (
     _layer_norm_bwd_reduce_kernel,
 )
 from ._layer_norm_fwd import _layer_norm_fwd_kernel, _layer_norm_fwd_looped_kernel
-
-MAX_TILE_BYTES_FWD = 65536
-MAX_TILE_BWD = 8192
-LOOPED_BLOCK_N = 4096
-
-
-class Config(NamedTuple):
-    """Rows and columns of a tile and warps per program; ``looped`` when a row takes several tiles."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    looped: bool = False
-
-
-@functools.lru_cache(maxsize=4096)
-def fwd_config(M: int, N: int, itemsize: int, device: Device) -> Config:
-    """Tile of the forward: 8 KB of narrow rows, or one wide row with up to 64 elements a thread.
-
-    ``itemsize`` is that of the widest of x, weight and bias: all three are held at once.
-    """
-    block_n = max(next_power_of_two(N), 16)
-    if block_n * itemsize > MAX_TILE_BYTES_FWD:
-        return Config(1, LOOPED_BLOCK_N, 8, looped=True)
-    if block_n >= 2048:
-        return Config(1, block_n, {2048: 4, 4096: 8, 8192: 8}.get(block_n, 16))
-    block_m = min(8192 // itemsize // block_n, 64)
-    # too few programs to fill the part: a quarter of the rows each
-    return Config(block_m if M >= block_m * device.sm_count else max(block_m // 4, 1), block_n, 4)
-
-
-@functools.lru_cache(maxsize=4096)
-def bwd_config(N: int) -> Config:
-    """Tile of the backward: 16 elements a thread for any dtype, since fp32 x, dy, weight and two sums are held."""
-    block_n = max(next_power_of_two(N), 16)
-    if block_n > MAX_TILE_BWD:
-        return Config(1, LOOPED_BLOCK_N, 8, looped=True)
-    if block_n >= 2048:
-        return Config(1, block_n, block_n // 512)
-    return Config(min(2048 // block_n, 64), block_n, 4)
-
-
-def num_partials(M: int, config: Config, device: Device) -> int:
-    """Programs of the fused backward, hence rows of partial sums: a function of sizes and device only."""
-    per_sm = max(16 // config.num_warps, 1)
-    return min(cdiv(M, config.block_m), per_sm * device.sm_count)
-
-
-def dwdb_config(N: int) -> Config:
-    """Tile of the dweight and dbias kernel: long pieces of few wide rows, short ones of many narrow rows."""
-    return Config(4, 512, 4) if N >= 8192 else Config(16, 128, 4)
-
-
-def reduce_config(N: int) -> Config:
-    """Tile of the sum over partial rows: narrow where there are few columns, so that all multiprocessors take part."""
-    return Config(8, 256, 4) if N >= 16384 else Config(128, 32, 4)
-
-
-def num_row_splits(M: int, N: int, device: Device) -> int:
-    """Programs that share a block of columns in the dweight and dbias kernel."""
-    config = dwdb_config(N)
-    wanted = cdiv(4 * device.sm_count, cdiv(N, config.block_n))
-    return min(wanted, cdiv(M, config.block_m))
-
-
-def _check_rows(op: str, x: Tensor, M: int, N: int) -> None:
-    # what memory safety needs; the public functions raise torch's own errors before this
-    if x.numel() != M * N:
-        raise ValueError(f"{op}: expected {M} rows of {N} elements, got shape {tuple(x.shape)}")
-
-
-def _parameter(op: str, name: str, parameter: Tensor | None, N: int) -> Tensor | None:
-    if parameter is None:
-        return None
-    if parameter.numel() != N:
-        raise ValueError(f"{op}: {name} must have {N} elements, got {parameter.numel()}")
-    return parameter.contiguous()
-
-
-def _as_rows(x: Tensor, M: int, N: int) -> tuple[Tensor, int]:
-    """``x`` as M rows of N adjacent elements, and the distance between rows; copies only if no such view exists."""
-    if x.is_contiguous():
-        return x, N
-    rows = x.reshape(M, N)
-    if N > 1 and rows.stride(1) != 1:
-        return x.contiguous(), N
-    return rows, rows.stride(0)
+from ._norm_rows import (
+    Config,
+    as_rows,
+    bwd_config,
+    check_rows,
+    contiguous_parameter,
+    dwdb_config,
+    fwd_config,
+    num_partials,
+    num_row_splits,
+    reduce_config,
+)
 
 
 def layer_norm_fwd(
@@ -136,10 +59,10 @@ def layer_norm_fwd(
     if M == 0 or N == 0:
         # torch's values for rows without elements
         return y, mean.fill_(0.0), rstd.fill_(math.nan)
-    _check_rows("layer_norm_fwd", x, M, N)
-    x, stride_xm = _as_rows(x, M, N)
-    weight = _parameter("layer_norm_fwd", "weight", weight, N)
-    bias = _parameter("layer_norm_fwd", "bias", bias, N)
+    check_rows("layer_norm_fwd", x, M, N)
+    x, stride_xm = as_rows(x, M, N)
+    weight = contiguous_parameter("layer_norm_fwd", "weight", weight, N)
+    bias = contiguous_parameter("layer_norm_fwd", "bias", bias, N)
     has_weight, has_bias = weight is not None, bias is not None
     itemsize = max(x.element_size(), weight.element_size() if has_weight else 0, bias.element_size() if has_bias else 0)
     config = fwd_config(M, N, itemsize, device_facts(x))
@@ -192,13 +115,13 @@ def layer_norm_bwd(
         for _, out in sums:
             out.zero_()
         return dx, dweight, dbias
-    _check_rows("layer_norm_bwd", x, M, N)
-    _check_rows("layer_norm_bwd", dy, M, N)
-    _check_rows("layer_norm_bwd", rstd, M, 1)
-    x, stride_xm = _as_rows(x, M, N)
-    dy, stride_dym = _as_rows(dy, M, N)
+    check_rows("layer_norm_bwd", x, M, N)
+    check_rows("layer_norm_bwd", dy, M, N)
+    check_rows("layer_norm_bwd", rstd, M, 1)
+    x, stride_xm = as_rows(x, M, N)
+    dy, stride_dym = as_rows(dy, M, N)
     mean, rstd = mean.contiguous(), rstd.contiguous()
-    weight = _parameter("layer_norm_bwd", "weight", weight, N)
+    weight = contiguous_parameter("layer_norm_bwd", "weight", weight, N)
     config, device = bwd_config(N), device_facts(x)
     sizes = (M, N, stride_dym, stride_xm)
     with device_guard(x):

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize, prune, weight_norm
 import pydl
 
 DROP_INS = [name for name in pydl.nn.__all__ if hasattr(nn, name)]
-ARGUMENTS = {"LayerNorm": ((6, 4),), "LocalResponseNorm": (5,)}
+ARGUMENTS = {"LayerNorm": ((6, 4),), "LocalResponseNorm": (5,), "RMSNorm": ((6, 4),)}
 ARGUMENTS |= {name: (5,) for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")}
 ARGUMENTS |= {f"{kind}Pool{dims}d": (3, 2, 1) for kind in ("Avg", "Max") for dims in (1, 2, 3)}
 ARGUMENTS |= {f"Adaptive{kind}Pool{dims}d": (2,) for kind in ("Avg", "Max") for dims in (1, 2, 3)}

@@ -7,19 +7,6 @@
 #include "common/vec.h"
 
 namespace pydl {
-
-struct LayerNormFwd {
-  const void* x;
-  const void* weight;  // of the compute type, as all parameters and statistics here; null if absent
-  const void* bias;
-  void* y;
-  void* mean;
-  void* rstd;
-  int64_t cols, row_stride;
-  double eps;
-  Dtype dtype;
-};
-
 namespace PYDL_ISA {
 namespace {
 
@@ -97,6 +84,29 @@ RowMoments<C> row_moments(const C* x, int64_t n, double eps) {
   return {mean, (centre - mean) + d.mean, C(1) / square_root((d.variance > 0 ? d.variance : C(0)) + C(eps))};
 }
 
+// RMS normalisation: the mean square, of rows whose squares leave the range of fp32 in double.
+template <class C>
+RowMoments<C> mean_square(const C* x, int64_t n, double eps) {
+  Vec<C> squares = {};
+  for (int64_t start = 0; start < n; start += kSumBlock) {
+    Vec<C> block[4] = {};
+    sweep<C>(smaller(kSumBlock, n - start), [&](int64_t i, int slot, auto extent) {
+      const Vec<C> v = load(x + start + i, extent);
+      block[slot] += v * v;
+    });
+    squares += add_up(block);
+  }
+  C mean = sum(squares) / C(n);
+  if constexpr (sizeof(C) == 4) {
+    if (!is_finite(mean)) {
+      double total = 0;
+      for (int64_t i = 0; i < n; ++i) total += double(x[i]) * x[i];
+      return {0, 0, C(1 / __builtin_sqrt(total / double(n) + eps))};
+    }
+  }
+  return {0, 0, C(1) / square_root(mean + C(eps))};
+}
+
 template <class T, class C>
 inline void widen_row(const T* in, C* out, int64_t n) {
   sweep<C>(n, [&](int64_t i, int, auto extent) { store(out + i, load(in + i, extent), extent); });
@@ -114,8 +124,8 @@ void fwd_rows(const LayerNormFwd& a, C* buffer, int64_t begin, int64_t end) {
     } else {
       widen_row(x, buffer, a.cols);
     }
-    const RowMoments<C> m = row_moments(values, a.cols, a.eps);
-    static_cast<C*>(a.mean)[row] = m.mean;
+    const RowMoments<C> m = a.mean != nullptr ? row_moments(values, a.cols, a.eps) : mean_square(values, a.cols, a.eps);
+    if (a.mean != nullptr) static_cast<C*>(a.mean)[row] = m.mean;
     static_cast<C*>(a.rstd)[row] = m.rstd;
     const Vec<C> mean = splat(m.mean), rstd = splat(m.rstd), shift = splat(-m.rest * m.rstd);
     sweep<C>(a.cols, [&](int64_t i, int, auto extent) {
@@ -146,8 +156,6 @@ void layer_norm_widen(const void* in, Dtype dtype, void* out, int64_t n) {
 
 namespace pydl {
 
-PYDL_CPU_DECLARE(void, layer_norm_fwd_rows, const LayerNormFwd&, void*, int64_t, int64_t)
-
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Sizes& normalized_shape,
@@ -166,10 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Sizes& 
     const Rows rows(x, split.outer);
     const LayerNormFwd args{rows.array.data, w.data,     b.data,      y.data, mean.data,
                             rstd.data,       split.cols, rows.stride, eps,    meta.dtype};
-    parallel(split.rows, split.cols, [&](int64_t begin, int64_t end) {
-      const Scratch buffer(compute == meta.dtype ? 0 : split.cols * size_of(compute));
-      PYDL_CPU_DISPATCH(layer_norm_fwd_rows)(args, buffer.get(), begin, end);
-    });
+    run_rows(args, split.rows, compute);
   }
   return {std::move(y.tensor), std::move(mean.tensor), std::move(rstd.tensor)};
 }

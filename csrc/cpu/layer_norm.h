@@ -1,4 +1,5 @@
-// What the files of layer normalisation share: on the host, x as rows and parameters in the compute type.
+// What the files of layer and RMS normalisation share: the arguments of the kernels; on the host, x as rows and
+// parameters in the compute type.
 #pragma once
 
 #include <stdint.h>
@@ -11,6 +12,32 @@ namespace pydl {
 // Elements that are summed one after the other before their sums are.
 inline constexpr int64_t kSumBlock = 2048;
 
+// Parameters and statistics are of the compute type, null if absent. Without a mean it is RMS normalisation: the mean
+// is taken for 0, and rstd is 1 / sqrt(mean square + eps).
+struct LayerNormFwd {
+  const void* x;
+  const void* weight;
+  const void* bias;
+  void* y;
+  void* mean;
+  void* rstd;
+  int64_t cols, row_stride;
+  double eps;
+  Dtype dtype;
+};
+
+struct LayerNormBwd {
+  const void* dy;
+  const void* x;
+  const void* mean;
+  const void* rstd;
+  const void* weight;
+  void* dx;       // null if not wanted
+  void* partial;  // [chunks][2][cols], null if neither dweight nor dbias is wanted
+  int64_t rows, cols, dy_stride, x_stride, chunk_rows;
+  Dtype dtype;
+};
+
 }  // namespace pydl
 
 #if PYDL_ISA_LEVEL == 0
@@ -22,10 +49,49 @@ inline constexpr int64_t kSumBlock = 2048;
 namespace pydl {
 
 PYDL_CPU_DECLARE(void, layer_norm_widen, const void*, Dtype, void*, int64_t)
+PYDL_CPU_DECLARE(void, layer_norm_fwd_rows, const LayerNormFwd&, void*, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, layer_norm_bwd_chunks, const LayerNormBwd&, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, layer_norm_reduce, const void*, int64_t, int64_t, void*, Dtype, int64_t, int64_t)
 
 namespace {
 
 using namespace host;
+
+// Rows per partial sum: at least 8 chunks where there are rows for them, 16 rows in each where possible, at most 64
+// chunks. Depends on nothing but the shape, so neither does the order of the sums.
+inline int64_t rows_per_chunk(int64_t rows, int64_t cols) {
+  if (rows * cols <= 32768) return rows;
+  const int64_t eighth = (rows + 7) / 8, sixtyfourth = (rows + 63) / 64;
+  return std::max(std::min<int64_t>(16, eighth), sixtyfourth);
+}
+
+// All rows forwards; rows of another type than the compute type are widened first.
+inline void run_rows(const LayerNormFwd& args, int64_t rows, Dtype compute) {
+  parallel(rows, args.cols, [&](int64_t begin, int64_t end) {
+    const Scratch buffer(compute == args.dtype ? 0 : args.cols * size_of(compute));
+    PYDL_CPU_DISPATCH(layer_norm_fwd_rows)(args, buffer.get(), begin, end);
+  });
+}
+
+// dx if args.dx is there, and the sums over rows that are wanted: of dy * xhat in the first output, of dy in the
+// second.
+inline void run_backward(LayerNormBwd args, Dtype compute, Dtype param, void* dweight, void* dbias) {
+  const bool params = dweight != nullptr || dbias != nullptr;
+  if (args.cols == 0 || !(params || args.dx != nullptr)) return;
+  args.chunk_rows = rows_per_chunk(args.rows, args.cols);
+  const int64_t chunks = args.rows == 0 ? 0 : (args.rows + args.chunk_rows - 1) / args.chunk_rows;
+  const Scratch partial(params ? chunks * 2 * args.cols * size_of(compute) : 0);
+  args.partial = partial.get();
+  parallel(chunks, args.chunk_rows * args.cols,
+           [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(layer_norm_bwd_chunks)(args, begin, end); });
+  const char* from = partial.get<char>();
+  parallel(params ? args.cols : 0, chunks / 2 + 1, [&](int64_t begin, int64_t end) {
+    const auto reduce = PYDL_CPU_DISPATCH(layer_norm_reduce);
+    const int64_t second = chunks > 0 ? args.cols * size_of(compute) : 0;
+    if (dweight != nullptr) reduce(from, chunks, 2 * args.cols, dweight, param, begin, end);
+    if (dbias != nullptr) reduce(from + second, chunks, 2 * args.cols, dbias, param, begin, end);
+  });
+}
 
 struct Split {
   int64_t rows, cols, outer;  // outer: number of dimensions before the normalised ones
@@ -45,6 +111,12 @@ inline Split split_rows(const char* op, const Array& x, const Sizes& shape) {
     (normalised ? split.cols : split.rows) *= x.sizes[d];
   }
   return split;
+}
+
+inline void check_gradient(const char* op, const Array& dy, const Array& x) {
+  STD_TORCH_CHECK(dy.dtype == x.dtype, op, ": dy must be ", name_of(x.dtype), " as x, got ", name_of(dy.dtype));
+  STD_TORCH_CHECK(dy.dim == x.dim && std::equal(dy.sizes, dy.sizes + x.dim, x.sizes), op,
+                  ": dy must have the shape of x");
 }
 
 // The tensor as rows at one stride with unit stride inside: itself if its strides allow, else a copy.

@@ -1,25 +1,12 @@
 // Layer normalisation, backward. With g = dy * weight and xhat = (x - mean) * rstd:
 //   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat,  dbias = sum of dy.
 // The rows are cut into chunks that depend on the shape alone; each chunk sums dweight and dbias into its own buffer
-// and the buffers are added in order, so results do not depend on threads.
+// and the buffers are added in order, so results do not depend on threads. Without a mean, mean(g) is dropped as well.
 
 #include "common/vec.h"
 #include "cpu/layer_norm.h"
 
 namespace pydl {
-
-struct LayerNormBwd {
-  const void* dy;
-  const void* x;
-  const void* mean;
-  const void* rstd;
-  const void* weight;
-  void* dx;       // null if not wanted
-  void* partial;  // [chunks][2][cols], null if neither dweight nor dbias is wanted
-  int64_t rows, cols, dy_stride, x_stride, chunk_rows;
-  Dtype dtype;
-};
-
 namespace PYDL_ISA {
 namespace {
 
@@ -37,7 +24,7 @@ struct RowBlock {
     for (int r = 0; r < R; ++r) {
       dy[r] = static_cast<const T*>(a.dy) + (row + r) * a.dy_stride;
       x[r] = static_cast<const T*>(a.x) + (row + r) * a.x_stride;
-      mean[r] = static_cast<const C*>(a.mean)[row + r];
+      mean[r] = a.mean != nullptr ? static_cast<const C*>(a.mean)[row + r] : C(0);
       rstd[r] = static_cast<const C*>(a.rstd)[row + r];
     }
   }
@@ -110,8 +97,8 @@ void bwd_block(const LayerNormBwd& a, int64_t row, C* dweight, C* dbias) {
   if (a.dx == nullptr) return;
   for (int r = 0; r < R; ++r) {
     T* dx = static_cast<T*>(a.dx) + (row + r) * a.cols;
-    bwd_dx(rows.dy[r], rows.x[r], weight, dx, a.cols, rows.mean[r], rows.rstd[r], g_sum[r] / C(a.cols),
-           gx_sum[r] / C(a.cols));
+    const C g_mean = a.mean != nullptr ? g_sum[r] / C(a.cols) : C(0);
+    bwd_dx(rows.dy[r], rows.x[r], weight, dx, a.cols, rows.mean[r], rows.rstd[r], g_mean, gx_sum[r] / C(a.cols));
   }
 }
 
@@ -161,18 +148,7 @@ void layer_norm_reduce(const void* partial, int64_t chunks, int64_t stride, void
 
 namespace pydl {
 
-PYDL_CPU_DECLARE(void, layer_norm_bwd_chunks, const LayerNormBwd&, int64_t, int64_t)
-PYDL_CPU_DECLARE(void, layer_norm_reduce, const void*, int64_t, int64_t, void*, Dtype, int64_t, int64_t)
-
 namespace {
-
-// Rows per partial sum: at least 8 chunks where there are rows for them, 16 rows in each where possible, at most 64
-// chunks. Depends on nothing but the shape, so neither does the order of the sums.
-int64_t rows_per_chunk(int64_t rows, int64_t cols) {
-  if (rows * cols <= 32768) return rows;
-  const int64_t eighth = (rows + 7) / 8, sixtyfourth = (rows + 63) / 64;
-  return std::max(std::min<int64_t>(16, eighth), sixtyfourth);
-}
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor& x, const Sizes& normalized_shape,
                                                   const Tensor& mean, const Tensor& rstd,
@@ -182,10 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor
   const Array meta(x), dy_meta(dy);
   const Split split = split_rows(op, meta, normalized_shape);
   STD_TORCH_CHECK(output_mask.size() == 3, op, ": output_mask must have 3 entries, got ", output_mask.size());
-  STD_TORCH_CHECK(dy_meta.dtype == meta.dtype, op, ": dy must be ", name_of(meta.dtype), " as x, got ",
-                  name_of(dy_meta.dtype));
-  STD_TORCH_CHECK(dy_meta.dim == meta.dim && std::equal(dy_meta.sizes, dy_meta.sizes + meta.dim, meta.sizes), op,
-                  ": dy must have the shape of x");
+  check_gradient(op, dy_meta, meta);
   const Dtype compute = compute_dtype(meta.dtype);
   const Dtype param = weight.has_value() ? Array(*weight).dtype : meta.dtype;
   const Operand w(op, "weight", weight, split.cols, meta.dtype, compute);
@@ -196,37 +169,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor
   Output dx = output_mask[0] ? empty(meta.sizes, meta.dim, meta.dtype) : empty(&none, 1, meta.dtype);
   Output dweight = output_mask[1] ? empty(inner, inner_dim, param) : empty(&none, 1, meta.dtype);
   Output dbias = output_mask[2] ? empty(inner, inner_dim, param) : empty(&none, 1, meta.dtype);
-  const bool params = output_mask[1] || output_mask[2];
-  if (split.cols > 0 && (params || output_mask[0])) {
-    const int64_t chunk_rows = rows_per_chunk(split.rows, split.cols);
-    const int64_t chunks = split.rows == 0 ? 0 : (split.rows + chunk_rows - 1) / chunk_rows;
-    const Scratch partial(params ? chunks * 2 * split.cols * size_of(compute) : 0);
-    if (chunks > 0) {
-      const Rows dy_rows(dy, split.outer), x_rows(x, split.outer);
-      const LayerNormBwd args{dy_rows.array.data,
-                              x_rows.array.data,
-                              mu.data,
-                              rs.data,
-                              w.data,
-                              output_mask[0] ? dx.data : nullptr,
-                              partial.get(),
-                              split.rows,
-                              split.cols,
-                              dy_rows.stride,
-                              x_rows.stride,
-                              chunk_rows,
-                              meta.dtype};
-      parallel(chunks, chunk_rows * split.cols,
-               [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(layer_norm_bwd_chunks)(args, begin, end); });
-    }
-    const char* from = partial.get<char>();
-    parallel(params ? split.cols : 0, chunks / 2 + 1, [&](int64_t begin, int64_t end) {
-      const auto reduce = PYDL_CPU_DISPATCH(layer_norm_reduce);
-      const int64_t second = chunks > 0 ? split.cols * size_of(compute) : 0;
-      if (output_mask[1]) reduce(from, chunks, 2 * split.cols, dweight.data, param, begin, end);
-      if (output_mask[2]) reduce(from + second, chunks, 2 * split.cols, dbias.data, param, begin, end);
-    });
-  }
+  const Rows dy_rows(dy, split.outer), x_rows(x, split.outer);
+  run_backward({dy_rows.array.data, x_rows.array.data, mu.data, rs.data, w.data, output_mask[0] ? dx.data : nullptr,
+                nullptr, split.rows, split.cols, dy_rows.stride, x_rows.stride, 0, meta.dtype},
+               compute, param, output_mask[1] ? dweight.data : nullptr, output_mask[2] ? dbias.data : nullptr);
   return {std::move(dx.tensor), std::move(dweight.tensor), std::move(dbias.tensor)};
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from pydl.backend import Family, choose
 from pydl.ops._contract import Op
+from pydl.ops._row_arguments import check_input, check_parameter, check_shape, dtype_fits, fits, sizes_of
 
 __all__ = ["layer_norm"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_INTS = (int, torch.SymInt)
 _FAMILY = Family(
     "layer_norm",
     ops=("layer_norm_fwd", "layer_norm_bwd"),
@@ -52,7 +51,7 @@ def layer_norm(
     Weight gradients are summed in two stages in a fixed order: the same bits on every run. Differentiable at any order.
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
-    if type(eps) is not float or not _fits(input, normalized_shape, weight, bias):
+    if type(eps) is not float or not fits(input, normalized_shape, weight, bias):
         normalized_shape, eps = _check(input, normalized_shape, weight, bias, eps)
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         input = input.float()
@@ -64,71 +63,31 @@ def layer_norm(
     return y
 
 
-def _fits(input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the arguments are of the usual, plainly valid kind: a cheap test before the one that explains."""
-    if not (isinstance(input, Tensor) and type(shape) is tuple and shape and input.is_floating_point()):
-        return False
-    if type(shape[0]) is not int or input.is_nested or input.shape[-len(shape) :] != shape:
-        return False
-    dtype, device = input.dtype, input.device
-    for t in (weight, bias):
-        if t is not None and not (
-            isinstance(t, Tensor) and t.dtype is dtype and t.shape == shape and t.device == device
-        ):
-            return False
-    return True
-
-
 def _check(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Sequence[int], float]:
     """Explains what does not fit; else the shape and eps in Python's own numbers."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"layer_norm: argument 'input' must be a Tensor, got {type(input).__name__}")
-    if not isinstance(normalized_shape, (tuple, list)):
-        kind = type(normalized_shape).__name__
-        raise TypeError(f"layer_norm: argument 'normalized_shape' must be a tuple of ints, got {kind}")
+    check_input("layer_norm", input, normalized_shape, eps)
     if not input.is_floating_point():
         raise NotImplementedError(f"layer_norm: argument 'input' must be floating point, got {input.dtype}")
-    if not isinstance(eps, (float, int)) and not hasattr(eps, "__float__"):
-        raise TypeError(f"layer_norm: argument 'eps' must be a number, got {eps!r}")
-    if any(isinstance(s, bool) or not (isinstance(s, _INTS) or hasattr(s, "__index__")) for s in normalized_shape):
-        raise TypeError(f"layer_norm: argument 'normalized_shape' must be a tuple of ints, got {normalized_shape!r}")
-    # NumPy's numbers count too
-    size: list[int] = [s if isinstance(s, _INTS) else operator.index(s) for s in normalized_shape]  # type: ignore[misc]
+    size = sizes_of("layer_norm", normalized_shape)
     eps = float(eps)
     if input.is_nested:  # ragged: torch has rules of its own
         return size, eps
-    n = len(size)
-    if n == 0:
-        raise RuntimeError("layer_norm: argument 'normalized_shape' must have at least one dimension, got []")
-    if input.dim() < n or list(input.shape[-n:]) != size:
-        raise RuntimeError(
-            f"layer_norm: argument 'input' must have shape [*, {', '.join(map(str, size))}] for "
-            f"normalized_shape={size}, got {list(input.shape)}"
-        )
+    check_shape("layer_norm", input, size)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
-            _check_parameter(name, t, input, size)
+            check_parameter("layer_norm", name, t, input, size)
+            if not dtype_fits(t, input):
+                raise RuntimeError(
+                    f"layer_norm: argument {name!r} must have the input's dtype {input.dtype}"
+                    f" (or torch.float32 beside half precision), got {t.dtype}"
+                )
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise RuntimeError(
             f"layer_norm: arguments 'weight' and 'bias' must have one dtype, got {weight.dtype} and {bias.dtype}"
         )
     return size, eps
-
-
-def _check_parameter(name: str, t: Tensor, input: Tensor, size: list[int]) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"layer_norm: argument {name!r} must be a Tensor or None, got {type(t).__name__}")
-    if list(t.shape) != size:
-        raise RuntimeError(f"layer_norm: argument {name!r} must have shape {size}, got {list(t.shape)}")
-    if t.device != input.device:
-        raise RuntimeError(f"layer_norm: argument {name!r} must be on {input.device} as the input, got {t.device}")
-    if t.dtype != input.dtype and not (t.dtype is torch.float32 and input.dtype in (torch.float16, torch.bfloat16)):
-        raise RuntimeError(
-            f"layer_norm: argument {name!r} must have the input's dtype {input.dtype}"
-            f" (or torch.float32 beside half precision), got {t.dtype}"
-        )
 
 
 def _stat_dtype(x: Tensor) -> torch.dtype:
