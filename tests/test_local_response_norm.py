@@ -218,6 +218,7 @@ def test_arguments_as_torch_takes_them():
     torch.testing.assert_close(
         ops.local_response_norm(x, 5, beta=float("inf")), F.local_response_norm(x, 5, beta=float("inf"))
     )
+    assert ops.local_response_norm(torch.empty(2, 3, 4, 4, dtype=torch.float16, device="meta"), 3).shape == (2, 3, 4, 4)
     whole = torch.arange(24).reshape(1, 4, 6)
     torch.testing.assert_close(ops.local_response_norm(whole, 3), F.local_response_norm(whole, 3))
 

@@ -34,7 +34,7 @@ template <bool ROOTS, class T, class C>
 void fwd_rows(const LrnArgs& a, C* squares, int64_t begin, int64_t end) {
   const int64_t n = a.norm.shape.channels, window = a.norm.window;
   const Denominator<ROOTS, C> denominator(a.norm);
-  clear(squares, n + window + 64);
+  clear(squares, a.padded);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * n;
     T* y = static_cast<T*>(a.out) + row * n;
@@ -81,19 +81,19 @@ Tensor local_response_norm_fwd(const Tensor& x, int64_t size, double alpha, doub
   const Layout layout(op, meta);
   const Dense in = layout.dense_in(op, "x", x, meta, meta.dtype);
   Output y = host::empty_strided(layout.sizes, layout.strides, layout.dim, meta.dtype);
-  LrnArgs args{response_norm(op, layout, size, alpha, beta, k), in.data, nullptr, y.data, meta.dtype, 0, 0};
+  LrnArgs args{response_norm(op, layout, size, alpha, beta, k), in.data, nullptr, y.data, meta.dtype};
   const Channels& s = args.norm.shape;
   if (s.numel() == 0) return std::move(y.tensor);
   choose_lrn_tile(args);
   const int64_t work = args.norm.window;
   if (s.rows()) {
-    const int64_t bytes = lrn_padded(args.norm) * host::size_of(host::compute_dtype(meta.dtype));
+    const int64_t bytes = args.padded * host::size_of(host::compute_dtype(meta.dtype));
     host::parallel(s.outer, s.channels * work, [&](int64_t begin, int64_t end) {
       const host::Scratch buffer(bytes);
       PYDL_CPU_DISPATCH(lrn_fwd_rows)(args, buffer.get(), begin, end);
     });
   } else {
-    host::parallel(s.outer * args.col_tiles() * args.row_tiles(), args.cols * args.rows * work,
+    host::parallel(s.outer * args.col_tiles * args.row_tiles, args.cols * args.rows * work,
                    [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(lrn_fwd_tiles)(args, begin, end); });
   }
   return std::move(y.tensor);

@@ -14,10 +14,8 @@ struct LrnArgs {
   const void* dy;  // backward only
   void* out;       // y, or dx
   Dtype dtype;
-  int64_t cols, rows;
-
-  int64_t col_tiles() const { return (norm.shape.inner + cols - 1) / cols; }
-  int64_t row_tiles() const { return (norm.shape.channels + rows - 1) / rows; }
+  int64_t cols = 0, rows = 0, col_tiles = 0, row_tiles = 0;
+  int64_t padded = 0;  // elements of a row of channels in a buffer, with the window's reach and what whole vectors read
 };
 
 namespace PYDL_ISA {
@@ -27,8 +25,8 @@ namespace {
 struct LrnTile {
   LrnTile(const LrnArgs& a, int64_t item) {
     const Channels& s = a.norm.shape;
-    const int64_t strip = item % a.col_tiles(), band = item / a.col_tiles() % a.row_tiles();
-    const int64_t outer = item / (a.col_tiles() * a.row_tiles());
+    const int64_t strip = item % a.col_tiles, band = item / a.col_tiles % a.row_tiles;
+    const int64_t outer = item / (a.col_tiles * a.row_tiles);
     base = outer * s.channels * s.inner + strip * a.cols;
     cols = smaller(a.cols, s.inner - strip * a.cols);
     first = band * a.rows;
@@ -118,13 +116,14 @@ inline void clear(C* p, int64_t n) {
 namespace pydl {
 namespace {
 
-// Elements before and after a row of channels in a buffer: the window's reach, and what whole vectors read beyond.
-inline int64_t lrn_padded(const ResponseNorm& norm) { return norm.shape.channels + norm.window + 64; }
-
 inline void choose_lrn_tile(LrnArgs& a) {
+  const Channels& s = a.norm.shape;
   const int64_t window = a.norm.window;
-  a.cols = std::min<int64_t>(std::max<int64_t>(1, a.norm.shape.inner), window <= 16 ? 1024 : window <= 128 ? 256 : 64);
-  a.rows = std::min(std::max<int64_t>(1, a.norm.shape.channels), std::max<int64_t>(64, 4 * window));
+  a.cols = std::min<int64_t>(s.inner, window <= 16 ? 1024 : window <= 128 ? 256 : 64);
+  a.rows = std::min(s.channels, std::max<int64_t>(64, 4 * window));
+  a.col_tiles = (s.inner + a.cols - 1) / a.cols;
+  a.row_tiles = (s.channels + a.rows - 1) / a.rows;
+  a.padded = s.channels + window + 64;
 }
 
 }  // namespace

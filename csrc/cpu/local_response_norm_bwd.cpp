@@ -80,7 +80,7 @@ void bwd_tiles(const LrnArgs& a, C* ring, int64_t begin, int64_t end) {
 template <bool ROOTS, class T, class C>
 void bwd_rows(const LrnArgs& a, C* buffer, int64_t begin, int64_t end) {
   const ResponseNorm& norm = a.norm;
-  const int64_t n = norm.shape.channels, window = norm.window, padded = n + window + 64;
+  const int64_t n = norm.shape.channels, window = norm.window, padded = a.padded;
   const Denominator<ROOTS, C> denominator(norm);
   const C slope = slope_of<C>(norm);
   C *squares = buffer, *r = squares + padded, *factor = r + padded;
@@ -133,19 +133,19 @@ Tensor local_response_norm_bwd(const Tensor& dy, const Tensor& x, int64_t size, 
   const Layout layout(op, meta);
   const Dense in = layout.dense_in(op, "x", x, meta, meta.dtype), grad = layout.dense_in(op, "dy", dy, meta.dtype);
   Output dx = host::empty_strided(layout.sizes, layout.strides, layout.dim, meta.dtype);
-  LrnArgs args{response_norm(op, layout, size, alpha, beta, k), in.data, grad.data, dx.data, meta.dtype, 0, 0};
+  LrnArgs args{response_norm(op, layout, size, alpha, beta, k), in.data, grad.data, dx.data, meta.dtype};
   const Channels& s = args.norm.shape;
   if (s.numel() == 0) return std::move(dx.tensor);
   choose_lrn_tile(args);
   const int64_t element = host::size_of(host::compute_dtype(meta.dtype)), work = 2 * args.norm.window;
   if (s.rows()) {
     host::parallel(s.outer, s.channels * work, [&](int64_t begin, int64_t end) {
-      const host::Scratch buffer(3 * lrn_padded(args.norm) * element);
+      const host::Scratch buffer(3 * args.padded * element);
       PYDL_CPU_DISPATCH(lrn_bwd_rows)(args, buffer.get(), begin, end);
     });
   } else {
     const int64_t rows = args.norm.window + args.norm.before + 1;
-    host::parallel(s.outer * args.col_tiles() * args.row_tiles(), args.cols * args.rows * work,
+    host::parallel(s.outer * args.col_tiles * args.row_tiles, args.cols * args.rows * work,
                    [&](int64_t begin, int64_t end) {
                      const host::Scratch ring(rows * args.cols * element);
                      PYDL_CPU_DISPATCH(lrn_bwd_tiles)(args, ring.get(), begin, end);

@@ -53,10 +53,10 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
     Source: Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks", 2012.
     """
     size, declined = _check(input, size, alpha, beta, k)
-    half = input.dtype in _HALVES and torch.is_autocast_enabled(input.device.type)
     # torch's composition passes through an op that autocast runs in float32: the power, on a CPU the pooling of planes
-    if half and (input.is_cuda or input.dim() >= 4):
-        input = input.float()
+    if input.dtype in _HALVES and (input.is_cuda or (input.is_cpu and input.dim() >= 4)):
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.float()
     decision = choose(_FAMILY, input, declined)
     if decision.backend == "torch":
         return torch.nn.functional.local_response_norm(input, size, alpha, beta, k)
