@@ -44,7 +44,7 @@ def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generat
 
 
 def work(case: Case, itemsize: int) -> dict[str, tuple[int, int]]:
-    """fwd: x and indices in, y out; bwd: indices and as many gradients in, dx out."""
+    """fwd: x and indices in, y out; bwd: indices and as many gradients in, dx out; one comparison per index."""
     outputs = math.prod(case.params["shape"])
     inputs = outputs // 2 ** (len(case.params["shape"]) - 2)
-    return {"fwd": (inputs * (itemsize + 8) + outputs * itemsize, 0), "bwd": (inputs * (2 * itemsize + 8), 0)}
+    return {"fwd": (inputs * (itemsize + 8) + outputs * itemsize, inputs), "bwd": (inputs * (2 * itemsize + 8), inputs)}
