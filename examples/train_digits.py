@@ -1,14 +1,17 @@
-"""Trains a LeNet on real handwritten digits with pydl and with torch alone, and compares the two.
+"""Trains a network on real handwritten digits with pydl and with torch alone, and compares the two.
 
-The network is plain torch.nn; `pydl.accelerate(model)` is the only line that knows of pydl. Both trainings start from
-the same weights, see the same batches, and take turns epoch by epoch, so that they share the machine fairly. Any
+The networks are plain torch.nn: a LeNet, a small ResNet, and an AlexNet-style one (_digits_models.py names the papers);
+`pydl.accelerate(model)` is the only line that knows of pydl. All trainings start from the same weights, see the same
+batches and the same random numbers, and take turns epoch by epoch, so that they share the machine fairly. Any
 difference in rounding grows while a network with ReLU and max pooling trains, so a third training gives the yardstick:
 torch alone, its weights moved by one float32 rounding before each epoch.
 
-Data: scikit-learn's bundled digits, 1,797 scans of 8 x 8 pixels, a quarter of them held out for the test. Network:
-LeNet-5 (LeCun, Bottou, Bengio, Haffner, 1998) with overlapping max pooling, ReLU, and a LayerNorm.
+The ResNet is also asked for its answers with `pydl.accelerate(model, fuse=True)`, which must be torch's.
+
+Data: scikit-learn's bundled digits, 1,797 scans of 8 x 8 pixels, a quarter of them held out for the test.
 
     python examples/train_digits.py                 about ten seconds, then ten of measuring; the GPU where there is one
+    python examples/train_digits.py --model resnet  about a minute, and so is alexnet
     python examples/train_digits.py --quick         a few seconds, for tests
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import statistics
 import sys
 import time
 from collections import Counter
@@ -32,6 +36,7 @@ from torch import Tensor, nn  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for bench/, and for pydl in a checkout that is not installed
 
+import _digits_models  # noqa: E402
 import _digits_picture  # noqa: E402
 import _progress  # noqa: E402
 
@@ -41,8 +46,8 @@ SIDE = 32  # LeNet-5's input; the scans are enlarged fourfold
 BATCH = 32
 LEARNING_RATE = 2e-3  # falls in a straight line to a tenth
 ONE_ROUNDING = 2.0**-23
-FULL = {"epochs": 10, "min_accuracy": 0.97, "panel": 10.0}
-QUICK = {"epochs": 4, "min_accuracy": 0.85, "panel": 0.0}
+LOGIT_TOLERANCE = 1e-5  # of the largest logit: a few float32 roundings in each of a dozen layers
+ROUNDS = 9  # of inference, over the whole test set
 
 
 @dataclass
@@ -75,17 +80,24 @@ class Training:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; --quick changes the defaults of the other options."""
+    """The command line; --model and --quick change the defaults of the other options."""
+    recipes = _digits_models.RECIPES
+    epochs = ", ".join(f"{recipe.epochs} for {name}" for name, recipe in recipes.items())
+    accuracies = ", ".join(f"{recipe.min_accuracy} for {name}" for name, recipe in recipes.items())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=recipes, default="lenet", help="default lenet")
     parser.add_argument("--quick", action="store_true", help="few epochs, no panel, a lower bar for the accuracy")
-    parser.add_argument("--epochs", type=int, help=f"default {FULL['epochs']}")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the split and the batches")
+    parser.add_argument("--epochs", type=int, help=f"default {epochs}")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the split, the batches and dropout")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the picture")
     parser.add_argument("--panel", type=float, metavar="SECONDS", help="time for the last panel; 0 leaves it out")
-    parser.add_argument("--min-accuracy", type=float, help=f"exit 1 below it; default {FULL['min_accuracy']}")
+    parser.add_argument("--min-accuracy", type=float, help=f"exit 1 below it; default {accuracies}")
     args = parser.parse_args(arguments)
-    for name, value in (QUICK if args.quick else FULL).items():
+    recipe = recipes[args.model]
+    full = {"epochs": recipe.epochs, "min_accuracy": recipe.min_accuracy, "panel": 10.0}
+    quick = {"epochs": recipe.quick_epochs, "min_accuracy": recipe.quick_min_accuracy, "panel": 0.0}
+    for name, value in (quick if args.quick else full).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.epochs < 1:
@@ -109,26 +121,6 @@ def load(device: torch.device, seed: int) -> Digits:
     return Digits(*(t.to(device) for t in (x[train], y[train], x[test], y[test])))
 
 
-def lenet(seed: int) -> nn.Sequential:
-    """Plain torch.nn. The two poolings halve the side: 32, 16, 8."""
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 6, kernel_size=5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
-        nn.Conv2d(6, 16, kernel_size=5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
-        nn.Flatten(),
-        nn.LayerNorm(16 * 8 * 8),
-        nn.Linear(16 * 8 * 8, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-        nn.Linear(84, 10),
-    )
-
-
 def step(training: Training, x: Tensor, y: Tensor) -> Tensor:
     """One step of gradient descent; returns the loss, still on the device."""
     loss = nn.functional.cross_entropy(training.model(x), y)
@@ -145,8 +137,8 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def epoch(training: Training, digits: Digits, batches: list[Tensor], learning_rate: float) -> None:
-    """One pass over the training set in the given batches."""
+def epoch(training: Training, digits: Digits, batches: list[Tensor], learning_rate: float, seed: int) -> None:
+    """One pass over the training set in the given batches; dropout draws the same numbers in every training."""
     if training.nudged:
         with torch.no_grad():
             for parameter in training.model.parameters():
@@ -154,7 +146,10 @@ def epoch(training: Training, digits: Digits, batches: list[Tensor], learning_ra
     training.optimizer.param_groups[0]["lr"] = learning_rate
     training.model.train()
     begin = clock(digits.train_x.device)
-    losses = [step(training, digits.train_x[batch], digits.train_y[batch]) for batch in batches]
+    losses = []
+    for number, batch in enumerate(batches, start=len(training.losses)):
+        torch.manual_seed(seed + number)
+        losses.append(step(training, digits.train_x[batch], digits.train_y[batch]))
     training.seconds += clock(digits.train_x.device) - begin
     training.losses += torch.stack(losses).tolist()
 
@@ -170,7 +165,7 @@ def train(trainings: list[Training], digits: Digits, epochs: int, seed: int) -> 
             learning_rate = LEARNING_RATE * (1 - 0.9 * index / epochs)
             first = index % len(trainings)
             for training in trainings[first:] + trainings[:first]:
-                epoch(training, digits, list(order.split(BATCH)), learning_rate)
+                epoch(training, digits, list(order.split(BATCH)), learning_rate, seed)
                 advance(f"epoch {index + 1}/{epochs}, {training.name}: loss {training.losses[-1]:.4f}")
 
 
@@ -224,6 +219,34 @@ def compare(theirs: Training, ours: Training, nudged: Training, digits: Digits) 
     return our_share
 
 
+@torch.no_grad()
+def fused_inference(trained: nn.Module, x: Tensor) -> float:
+    """Compare accelerate(fuse=True) with torch alone on x; returns the largest difference, relative to the logits."""
+    theirs, ours = (copy.deepcopy(trained).eval() for _ in range(2))
+    pydl.restore(theirs)
+    report = pydl.accelerate(ours, fuse=True)
+    print("\n".join(f"{row.name or '(model)'}: {row.reason}" for row in report.replaced))
+    with pydl.trace() as seen:
+        logits = ours(x)
+    print(seen)
+    expected = theirs(x)
+    gap = ((logits - expected).abs().max() / expected.abs().max()).item()
+    ratios = []
+    for _ in range(ROUNDS):
+        seconds = []
+        for model in (theirs, ours):
+            begin = clock(x.device)
+            model(x)
+            seconds.append(clock(x.device) - begin)
+        ratios.append(seconds[0] / seconds[1])
+    print(
+        f"logits         largest difference {gap:.1e} of the largest logit, {LOGIT_TOLERANCE:.0e} allowed\n"
+        f"inference      {len(x)} digits at once: torch / pydl = {statistics.median(ratios):.2f}, "
+        f"median of {ROUNDS} rounds"
+    )
+    return gap
+
+
 def panel(seconds: float, device: torch.device) -> None:
     """Ratios of pydl to torch on this machine, measured now by the benchmark harness."""
     try:
@@ -245,7 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     torch.backends.cudnn.deterministic = True  # so that a difference between the curves is pydl's, not cuDNN's
     digits = load(args.device, args.seed)
-    theirs = Training("torch alone", lenet(args.seed).to(args.device))
+    torch.manual_seed(args.seed)
+    theirs = Training("torch alone", _digits_models.RECIPES[args.model].build().to(args.device))
     ours = Training("pydl", copy.deepcopy(theirs.model))
     nudged = Training("torch, nudged", copy.deepcopy(theirs.model), nudged=True)
 
@@ -255,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     on_gpu = args.device.type == "cuda"
     where = torch.cuda.get_device_name(args.device) if on_gpu else f"{torch.get_num_threads()} threads"
-    heading(f"Training on {len(digits.train_y)} digits, {args.epochs} epochs, on {args.device} ({where})")
+    heading(f"Training {args.model} on {len(digits.train_y)} digits, {args.epochs} epochs, on {args.device} ({where})")
     train([theirs, ours, nudged], digits, args.epochs, args.seed)
     share = compare(theirs, ours, nudged, digits)
 
@@ -264,14 +288,22 @@ def main(arguments: list[str] | None = None) -> int:
     print("Where torch runs the forward it runs its own backward, which leaves no record. Modules left to torch:")
     print(without_kernel(report))
 
+    gap = 0.0
+    if args.model == "resnet":
+        heading("Inference with pydl.accelerate(model, fuse=True)")
+        gap = fused_inference(ours.model, digits.test_x)
     probabilities = predict(ours.model, digits.test_x)
-    picture = _digits_picture.draw(args.out / "train_digits.png", [theirs, ours, nudged], digits, probabilities)
+    name = "train_digits.png" if args.model == "lenet" else f"train_digits_{args.model}.png"
+    picture = _digits_picture.draw(args.out / name, [theirs, ours, nudged], digits, probabilities)
     print(f"\npicture: {picture}")
     if args.panel > 0:
         print()
         panel(args.panel, args.device)
     if share < args.min_accuracy:
         print(f"train_digits: test accuracy {share:.2%} is below {args.min_accuracy:.2%}", file=sys.stderr)
+        return 1
+    if not gap <= LOGIT_TOLERANCE:
+        print(f"train_digits: the fused model's logits are {gap:.1e} from torch's", file=sys.stderr)
         return 1
     return 0
 

@@ -85,7 +85,69 @@ def test_too_low_an_accuracy_is_an_error(tmp_path):
     assert (tmp_path / "elsewhere" / "train_digits.png").is_file()
 
 
-@pytest.mark.parametrize(("options", "message"), [(("--epochs", 0), "--epochs must be at least 1, got 0")])
+@pytest.fixture(scope="module", params=["resnet", "alexnet"])
+def other(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    done = run("--model", request.param, folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "demo_output" / f"train_digits_{request.param}.png").stat().st_size > 10_000
+    return request.param, done.stdout
+
+
+def test_the_other_networks_learn(other):
+    name, text = other
+    least, apart = {"resnet": (85, 5), "alexnet": (60, 15)}[name]  # two epochs: 99 and 78 % were measured
+    ours, theirs = map(float, re.search(r"accuracy +([\d.]+)% .*? ([\d.]+)% with torch alone", text).groups())
+    assert ours >= least and abs(ours - theirs) < apart
+    largest, steps, first = re.search(r"difference (\S+), at step \d+ of (\d+), .* first step (\S+)", text).groups()
+    assert int(steps) == 2 * 43
+    assert float(first) < 1e-5  # with other random numbers for dropout it would be a few tenths
+    assert float(largest) < 1.5  # the losses begin at 2.3 and above
+    assert re.search(r"training time .* torch / pydl = [\d.]+$", text, re.M)
+
+
+def calls_in(text):
+    """{(op, phase): (backend, calls)} of a printed trace."""
+    rows = re.findall(r"^(\w+) +(forward|backward) +(\w+) +(\d+) ", text, re.M)
+    return {(op, phase): (backend, int(n)) for op, phase, backend, n in rows}
+
+
+def test_what_the_other_networks_ran_on(other):
+    name, text = other
+    training = calls_in(text.partition("Inference")[0])
+    expected = {
+        "resnet": {"batch_norm": 15, "relu": 13, "max_pool2d": 1, "adaptive_avg_pool2d": 1},
+        "alexnet": {"local_response_norm": 2, "relu": 7, "max_pool2d": 3},
+    }[name]
+    assert {op: n for (op, phase), (_, n) in training.items() if phase == "forward"} == expected
+    for op, n in expected.items():
+        if training[op, "forward"][0] == "cpu":
+            assert training[op, "backward"] == ("cpu", n)
+
+
+def test_fused_inference_is_torchs(other):
+    name, text = other
+    fused = calls_in(text.partition("Inference")[2])
+    if name == "alexnet":
+        assert not fused
+        return
+    # thirteen times batch norm and relu, six of them with an addition; two batch norms stand in a shortcut
+    assert {op: n for (op, _), (_, n) in fused.items()} == {
+        **{"batch_norm_act": 13, "batch_norm": 2},
+        **{"max_pool2d": 1, "adaptive_avg_pool2d": 1},
+    }
+    gap = re.search(r"logits +largest difference (\S+) of the largest logit, 1e-05 allowed", text)[1]
+    assert 0 <= float(gap) <= 1e-5
+    assert float(re.search(r"inference +450 digits at once: torch / pydl = ([\d.]+)", text)[1]) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--epochs", 0), "--epochs must be at least 1, got 0"),
+        (("--model", "vgg"), "argument --model: invalid choice: 'vgg'"),
+    ],
+)
 def test_bad_options_are_refused(tmp_path, options, message):
     done = run(*options, folder=tmp_path)
     assert done.returncode == 2
