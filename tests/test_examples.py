@@ -101,7 +101,7 @@ def test_the_other_networks_learn(other):
     assert ours >= least and abs(ours - theirs) < apart
     largest, steps, first = re.search(r"difference (\S+), at step \d+ of (\d+), .* first step (\S+)", text).groups()
     assert int(steps) == 2 * 43
-    assert float(first) < 1e-5  # with other random numbers for dropout it would be a few tenths
+    assert float(first) < 1e-5  # 0.08 was measured where dropout drew other random numbers
     assert float(largest) < 1.5  # the losses begin at 2.3 and above
     assert re.search(r"training time .* torch / pydl = [\d.]+$", text, re.M)
 
