@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def composed(
 
 
 def attention_second(
-    directions: tuple[Tensor | None, Tensor | None, Tensor | None],
+    along: Sequence[Tensor | None],
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -69,17 +70,15 @@ def attention_second(
     band: Band,
     scale: float,
     softcap: float,
-    dbias: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of sum(direction * first gradient) with respect to dout, dlse, q, k, v and bias.
+    """Gradients of sum(along * first gradient) with respect to dout, dlse, q, k, v and bias.
 
-    The first gradients of dq, dk and dv (and of the bias, along ``dbias``) are recomputed by torch's autograd from the
-    composed operations with their graph, a range of query rows at a time, so that memory stays B H rows Sk. Slow:
+    The first gradients (dq, dk, dv, dbias) are recomputed by torch's autograd from the composed operations with their
+    graph, a range of query rows at a time, so that memory stays B H rows Sk. Slow:
     meant for penalties on gradients, not for every step. A third derivative needs ``create_graph`` all the way.
     """
     again = torch.is_grad_enabled()
     inputs: list[Tensor | None] = [dout, dlse, q, k, v, masks.bias]
-    along: list[Tensor | None] = [*directions, dbias]
     sums: list[Tensor | None] = [None] * 6
     step = max(1, _CHUNK_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     for start in range(0, q.shape[2], step):
@@ -95,7 +94,7 @@ def attention_second(
 
 def _chunk_gradients(
     leaves: list[Any],
-    along: list[Tensor | None],
+    along: Sequence[Tensor | None],
     masks: Masks,
     band: Band,
     scale: float,
