@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydl.ops._attention_masks import Band, Masks, allowed, rows_of
+from pydl.ops._attention_masks import Band, Masks, allowed, check_band, check_masks, rows_of
 
 # scores that one step of the second derivative holds at a time
 _CHUNK_SCORES = 1 << 22
@@ -24,11 +24,12 @@ def composed(
     softcap: float,
     rows: range | None = None,
     queries: int | None = None,
+    wide: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) in memory B H rows Sk: of all of q, or of the queries ``rows`` of ``queries``, which q then holds."""
     queries = q.shape[2] if queries is None else queries
     rows = range(queries) if rows is None else rows
-    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
+    wide = wide or (torch.float64 if q.dtype is torch.float64 else torch.float32)
     group = q.shape[1] // k.shape[1]
     ok = allowed(masks, band, rows, queries, k.shape[2], q.device)
     qw, kw, vw = q.to(wide), k.to(wide), v.to(wide)
@@ -57,6 +58,20 @@ def composed(
     total = torch.where(empty, 1.0, total)
     lse = torch.where(empty, float("-inf"), total.log() + base).squeeze(3)
     return ((e / total) @ vw).to(q.dtype), lse
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Any:
+    """Attention with every intermediate result in q's own dtype: the yardstick for low-precision errors."""
+    softcap, scale, lse = (arguments.pop(name, None) for name in ("softcap", "scale", "return_lse"))
+    window, causal = arguments.pop("window", None), arguments.get("causal")
+    size = (*q.shape[:3], k.shape[2])
+    names = ("mask", "bias", "key_lengths", "key_padding", "segment_ids", "prefix_length", "causal")
+    masks = check_masks("naive_attention", size, q.device, *(arguments.get(name) for name in names))
+    band = check_band("naive_attention", causal, window)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    out, sums = composed(q, k, v, masks, band, scale, softcap or 0.0, wide=q.dtype)
+    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return (out, sums.to(wide)) if lse else out
 
 
 def attention_second(
