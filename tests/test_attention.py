@@ -347,7 +347,8 @@ def test_the_same_bits_on_every_run(backend):
 @pytest.mark.parametrize("backend", backends_for("attention", torch.float32, without=TORCH))
 def test_heads_behind_positions_keep_their_layout(backend):
     """[B, S, H, D] transposed, as models hold it: no copy, and results and gradients of that layout."""
-    views = [t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in tensors(2, 2, 2, device=backend.device)]  # fmt: skip
+    swapped = [t.detach().transpose(1, 2).contiguous() for t in tensors(2, 2, 2, device=backend.device)]
+    views = [t.transpose(1, 2).requires_grad_() for t in swapped]
     out = backend(*views, window=(9, 0))
     grads = torch.autograd.grad(out.sum(), views)
     assert all(t.transpose(1, 2).is_contiguous() for t in (out, *grads))

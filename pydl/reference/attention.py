@@ -51,8 +51,7 @@ def allowed(
         ok &= key_padding[:, None, None, :]
     if segment_ids is not None:
         q_ids, k_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        same: np.ndarray = q_ids[:, :, None] == k_ids[:, None, :]
-        ok &= same[:, None]
+        ok &= q_ids[:, None, :, None] == k_ids[:, None, None, :]
     return ok
 
 
@@ -78,7 +77,7 @@ class _Parts:
         if bias is not None:
             ok = ok & ~np.isneginf(bias)
         # a key that no query may see can hold anything
-        seen = ok.any((1, 2))[:, None, :, None]
+        seen = ok.any((1, 2), keepdims=True).swapaxes(2, 3)
         self.q = np.where(ok.any(-1, keepdims=True), q, 0.0)
         self.k, self.v = (np.repeat(np.where(seen, t, 0.0), self.group, axis=1) for t in (k, v))
         self.scale = d**-0.5 if scale is None else scale
