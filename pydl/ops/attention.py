@@ -16,7 +16,7 @@ __all__ = ["attention", "scaled_dot_product_attention"]
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _RAW = ("attention_map", "attention_fwd", "attention_bwd", "attention_bias_bwd")
-_DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": _FLOATS, "triton": _FLOATS}
+_DTYPES = {"cpu": _FLOATS, "triton": (torch.float32, torch.float16, torch.bfloat16)}
 _FAMILY, _SDPA = (
     Family(name, ops=_RAW, order={"cpu": ("cpu",), "cuda": ("triton",)}, dtypes=_DTYPES)
     for name in ("attention", "scaled_dot_product_attention")

@@ -1,0 +1,194 @@
+"""What the attention kernels share: masks and scores of one tile, arguments, tile choice."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Device, next_power_of_two
+from ._math import tanh
+
+# the tiles of a map, in queries and keys; the tiles below divide them
+TILE_Q, TILE_K = 128, 64
+_UNLIMITED = 1 << 30
+_PRECISIONS = ("ieee", "tf32", "tf32x3")
+LOG2E = 1.4426950408889634
+
+
+class Tiles(NamedTuple):
+    """Queries and keys of a tile, warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def tile_mask(
+    offs_m, offs_n, b, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, Sq, Sk, stride_wm,
+    low, high, below, BAND: tl.constexpr, HAS_WORDS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_IDS: tl.constexpr, HAS_PREFIX: tl.constexpr,
+):  # fmt: skip
+    """Which scores of a tile are allowed: bool [BLOCK_M, BLOCK_N]. ``words_ptr`` is that of the batch item and head."""
+    ok = (offs_m[:, None] < Sq) & (offs_n[None, :] < Sk)
+    if BAND:
+        ahead = offs_n[None, :] - offs_m[:, None]
+        under = ahead <= below
+        if HAS_PREFIX:
+            under = under | (offs_n[None, :] < tl.load(prefix_ptr + b))
+        ok = ok & under & (ahead >= low) & (ahead <= high)
+    if HAS_LENGTHS:
+        ok = ok & (offs_n[None, :] < tl.load(lengths_ptr + b))
+    if HAS_PADDING:
+        ok = ok & (tl.load(padding_ptr + b * Sk + offs_n, mask=offs_n < Sk, other=0) != 0)[None, :]
+    if HAS_IDS:
+        q_ids = tl.load(q_ids_ptr + b * Sq + offs_m, mask=offs_m < Sq, other=0)
+        k_ids = tl.load(k_ids_ptr + b * Sk + offs_n, mask=offs_n < Sk, other=0)
+        ok = ok & (q_ids[:, None] == k_ids[None, :])
+    if HAS_WORDS:
+        at = words_ptr + offs_m[:, None].to(tl.int64) * stride_wm + (offs_n // 32)[None, :]
+        words = tl.load(at, mask=(offs_m[:, None] < Sq) & (offs_n[None, :] < Sk), other=0)
+        ok = ok & (((words >> (offs_n % 32)[None, :]) & 1) != 0)
+    return ok
+
+
+@triton.jit
+def tile_scores(q, kt, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """(scores before the bias, slope of the softcap), natural units, fp32."""
+    s = tl.dot(q, kt, input_precision=PRECISION) * scale
+    slope = s
+    if HAS_SOFTCAP:
+        t = tanh(s / softcap)
+        slope = 1.0 - t * t
+        s = softcap * t
+    return s, slope
+
+
+@triton.jit
+def tile_bias(bias_ptr, offs_m, offs_n, Sq, Sk, stride_bm, stride_bn):
+    """The bias of a tile, fp32; 0 outside. ``bias_ptr`` is that of the batch item and head."""
+    at = bias_ptr + offs_m[:, None].to(tl.int64) * stride_bm + offs_n[None, :].to(tl.int64) * stride_bn
+    return tl.load(at, mask=(offs_m[:, None] < Sq) & (offs_n[None, :] < Sk), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_rows(ptr, offs, offs_d, S, D, stride_s, stride_d):
+    """Rows [BLOCK, BLOCK_D] of q, k, v or a gradient; 0 outside."""
+    at = ptr + offs[:, None].to(tl.int64) * stride_s + offs_d[None, :] * stride_d
+    return tl.load(at, mask=(offs[:, None] < S) & (offs_d[None, :] < D), other=0.0)
+
+
+@triton.jit
+def seen_rows(x, ok, AXIS: tl.constexpr):
+    """x with the rows that nothing in the tile attends to (or that attend to nothing) set to 0: they may hold NaN."""
+    seen = tl.max(ok.to(tl.int32), AXIS) != 0
+    return tl.where(seen[:, None], x, 0.0)
+
+
+class Masks(NamedTuple):
+    """Host side: tensors, strides and flags of the masks, in the order in which every kernel takes them."""
+
+    pointers: tuple[Tensor | None, ...]
+    strides: tuple[int, ...]
+    band: tuple[int, int, int]
+    flags: dict[str, bool]
+    tiles: tuple[Tensor | None, ...]
+    tile_strides: tuple[int, int]
+
+
+def mask_arguments(
+    size: Sequence[int],
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    key_padding: Tensor | None,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    prefix: Tensor | None,
+    tiles: Sequence[Tensor],
+    band: tuple[int, int, int],
+) -> Masks:
+    """Pointers (bias, words, lengths, padding, q_ids, k_ids, prefix), strides (bias 4, words 3), band and flags.
+
+    A dimension of size 1 has stride 0: nothing is expanded.
+    """
+    given = any(t is not None for t in (mask, key_lengths, key_padding, q_ids, prefix))
+    if given != bool(tiles):
+        raise ValueError("attention: masks that are tensors need the six tensors of their tile map, others none")
+    words = tiles[0] if mask is not None else None
+    padding = None if key_padding is None else key_padding.contiguous().view(torch.uint8)
+    lengths, *rest = (None if t is None else t.contiguous() for t in (key_lengths, q_ids, k_ids, prefix))
+    pointers = (bias, words, lengths, padding, *rest)
+    strides = (*_strides(bias, 4), *_strides(words, 3))
+    low, high, below = band_limits(size[2], size[3], *band)
+    flags = {
+        "BAND": band != (0, -1, -1),
+        "HAS_BIAS": bias is not None,
+        "HAS_WORDS": words is not None,
+        "HAS_LENGTHS": key_lengths is not None,
+        "HAS_PADDING": key_padding is not None,
+        "HAS_IDS": q_ids is not None,
+        "HAS_PREFIX": prefix is not None,
+        "HAS_MAP": bool(tiles),
+    }
+    lists = tuple(tiles[2:]) if tiles else (None,) * 4
+    tile_strides = tuple(0 if n == 1 else 1 for n in tiles[1].shape[:2]) if tiles else (0, 0)
+    return Masks(pointers, strides, (low, high, below), flags, lists, tile_strides)  # type: ignore[arg-type]
+
+
+def _strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
+    if t is None:
+        return (0,) * dims
+    return tuple(0 if n == 1 else s for n, s in zip(t.shape[:dims], t.stride()[:dims], strict=True))
+
+
+def band_limits(queries: int, keys: int, causal: int, left: int, right: int) -> tuple[int, int, int]:
+    """(low, high, below): keys from i + low to i + high, and up to i + below unless a prefix lifts that."""
+    shift = keys - queries
+    low = shift - left if left >= 0 else -_UNLIMITED
+    high = shift + right if right >= 0 else _UNLIMITED
+    return low, high, (_UNLIMITED, 0, shift)[causal]
+
+
+def precision_name(code: int) -> str:
+    """Triton's name for how float32 products are computed."""
+    return _PRECISIONS[code]
+
+
+def head_block(d: int) -> int:
+    """Columns of a tile for a head dimension: a power of two, at least the 16 that a matrix unit takes."""
+    return max(next_power_of_two(d), 16)
+
+
+@functools.lru_cache(maxsize=1024)
+def fwd_tiles(queries: int, d: int, itemsize: int, device: Device) -> Tiles:
+    """Tile of the forward: as many queries as registers hold beside the sums; fewer stages on small parts."""
+    block_d = head_block(d)
+    wide = block_d * itemsize
+    block_m = 128 if wide <= 256 else 64
+    block_n = 64 if wide <= 256 else 32
+    if wide >= 1024:
+        block_m, block_n = 32, 32
+    while block_m > 16 and block_m >= 2 * queries:
+        block_m //= 2
+    stages = 2 if wide > 256 or device.arch in (86, 89, 120) else 3
+    return Tiles(block_m, block_n, 8 if block_m * block_d >= 128 * 128 else 4, stages)
+
+
+@functools.lru_cache(maxsize=1024)
+def bwd_tiles(queries: int, d: int, itemsize: int, device: Device) -> Tiles:
+    """Tile of the backward, whose programs hold two sums and recompute the scores."""
+    block_d = head_block(d)
+    wide = block_d * itemsize
+    block_m = 64 if wide <= 128 else 32
+    while block_m > 16 and block_m >= 2 * queries:
+        block_m //= 2
+    block_n = 64 if wide <= 256 else 32
+    return Tiles(block_m, block_n, 8 if block_d >= 128 else 4, 1 if wide > 256 else 2)
