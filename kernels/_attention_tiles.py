@@ -92,6 +92,20 @@ def seen_rows(x, ok, AXIS: tl.constexpr):
     return tl.where(seen[:, None], x, 0.0)
 
 
+@triton.jit
+def band_blocks(start, size, other, low, reach, BLOCK: tl.constexpr):
+    """Blocks of the other axis, of length `other`, that start..start+size sees by x + low <= y <= x + reach.
+
+    Returns begin, full, rest, end: [begin, full) and [rest, end) are partial, [full, rest) is full.
+    """
+    final = start + size - 1
+    begin = tl.minimum(tl.maximum(start + low, 0), other) // BLOCK
+    end = tl.maximum(tl.cdiv(tl.minimum(tl.maximum(final + reach + 1, 0), other), BLOCK), begin)
+    full = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(final + low, 0), BLOCK), begin), end)
+    rest = tl.maximum(tl.minimum(tl.minimum(tl.maximum(start + reach + 1, 0), other) // BLOCK, end), full)
+    return begin, full, rest, end
+
+
 class Masks(NamedTuple):
     """Host side: tensors, strides and flags of the masks, in the order in which every kernel takes them."""
 
@@ -192,3 +206,11 @@ def bwd_tiles(queries: int, d: int, itemsize: int, device: Device) -> Tiles:
         block_m //= 2
     block_n = 64 if wide <= 256 else 32
     return Tiles(block_m, block_n, 8 if block_d >= 128 else 4, 1 if wide > 256 else 2)
+
+
+def like_rows(t: Tensor, last: int) -> Tensor:
+    """New [B, H, S, last], with heads inside of positions in memory where ``t`` has them there."""
+    if t.transpose(1, 2).is_contiguous() and not t.is_contiguous():
+        swapped = torch.empty((t.shape[0], t.shape[2], t.shape[1], last), dtype=t.dtype, device=t.device)
+        return swapped.transpose(1, 2)
+    return torch.empty((*t.shape[:3], last), dtype=t.dtype, device=t.device)

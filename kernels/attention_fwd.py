@@ -1,7 +1,7 @@
 """Masked attention, forward: online softmax over the tiles of keys that a block of queries sees.
 
-Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (tiling). Bytes: q, out and lse once, k and v once for each
-block of queries; 4 D operations for each score that is not skipped. Partial tiles are masked, full ones are not.
+Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (tiling). Bytes: q, out and lse once, k and v once for
+each block of queries; 4 D operations for each score that is not skipped. Full tiles are not masked.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention_tiles import (
+    band_blocks,
     fwd_tiles,
     head_block,
+    like_rows,
     load_rows,
     mask_arguments,
     precision_name,
@@ -105,14 +107,7 @@ def _attention_fwd_kernel(
         rest = tl.load(count_ptr + 2 * row) * SPLIT
         end = rest
     else:
-        first_m, last_m = pid_m * BLOCK_M, tl.minimum(pid_m * BLOCK_M + BLOCK_M, Sq) - 1
-        reach = tl.minimum(high, below)
-        begin = tl.maximum(first_m + low, 0) // BLOCK_N
-        end = tl.cdiv(tl.minimum(tl.maximum(last_m + reach + 1, 0), Sk), BLOCK_N)
-        full = tl.maximum(tl.cdiv(tl.maximum(last_m + low, 0), BLOCK_N), begin)
-        rest = tl.minimum(tl.maximum(first_m + reach + 1, 0), Sk) // BLOCK_N
-        full = tl.minimum(full, end)
-        rest = tl.maximum(tl.minimum(rest, end), full)
+        begin, full, rest, end = band_blocks(pid_m * BLOCK_M, BLOCK_M, Sk, low, tl.minimum(high, below), BLOCK_N)
     for part in tl.static_range(3):
         first = begin if part == 0 else (full if part == 1 else rest)
         last = full if part == 0 else (rest if part == 1 else end)
@@ -136,14 +131,6 @@ def _attention_fwd_kernel(
     )
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_dv[None, :] < DV))
     tl.store(lse_ptr + (b * H + h) * Sq + offs_m, lse, mask=mask_m)
-
-
-def like_rows(t: Tensor, last: int) -> Tensor:
-    """New [B, H, S, last], with heads inside of positions in memory where ``t`` has them there."""
-    if t.transpose(1, 2).is_contiguous() and not t.is_contiguous():
-        swapped = torch.empty((t.shape[0], t.shape[2], t.shape[1], last), dtype=t.dtype, device=t.device)
-        return swapped.transpose(1, 2)
-    return torch.empty((*t.shape[:3], last), dtype=t.dtype, device=t.device)
 
 
 def attention_fwd(

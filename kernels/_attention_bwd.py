@@ -1,0 +1,102 @@
+"""One tile of the attention backward, and the programs that sum over tiles of keys (dq) or of queries (dk, dv)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._attention_tiles import load_rows, seen_rows, tile_bias, tile_mask, tile_scores
+
+
+@triton.jit
+def bwd_tile(
+    q, k, v, do, lse, delta, offs_m, offs_n, b, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr,
+    prefix_ptr, Sq, Sk, stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, MASKED: tl.constexpr,
+    BAND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WORDS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_IDS: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(p, gradient of the biased scores, slope of the softcap, ok); p and the gradient are 0 where not allowed.
+
+    The probability is selected, never multiplied by the mask: exp of a masked score minus -inf would be NaN.
+    """
+    s, slope = tile_scores(q, tl.trans(k), scale, softcap, HAS_SOFTCAP, PRECISION)
+    ok = (offs_m[:, None] < Sq) & (offs_n[None, :] < Sk)
+    if MASKED:
+        ok = tile_mask(
+            offs_m, offs_n, b, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, Sq, Sk, stride_wm,
+            low, high, below, BAND, HAS_WORDS, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX,
+        )  # fmt: skip
+    if HAS_BIAS:
+        bias = tile_bias(bias_ptr, offs_m, offs_n, Sq, Sk, stride_bm, stride_bn)
+        ok = ok & (bias != float("-inf"))
+        s = s + bias
+    p = tl.where(ok, tl.exp2((s - lse[:, None]) * 1.4426950408889634), 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = tl.where(ok, p * (dp - delta[:, None]), 0.0)
+    return p, ds, slope, ok
+
+
+@triton.jit
+def dq_tiles(
+    dq, q, do, lse, delta, offs_m, offs_d, offs_dv, first, last, list_ptr, k_ptr, v_ptr, bias_ptr, words_ptr,
+    lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, b, Sq, Sk, D, DV, stride_kn, stride_kd, stride_vn,
+    stride_vd, stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, MASKED: tl.constexpr,
+    BAND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WORDS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_IDS: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds what blocks first..last of keys give to the gradient of a block of queries, before the scale."""
+    for block in range(first, last):
+        if HAS_MAP:
+            start = (tl.load(list_ptr + block // SPLIT) // 2 * SPLIT + block % SPLIT) * BLOCK_N
+        else:
+            start = block * BLOCK_N
+        offs_n = start + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, offs_n, offs_d, Sk, D, stride_kn, stride_kd)
+        v = load_rows(v_ptr, offs_n, offs_dv, Sk, DV, stride_vn, stride_vd)
+        _, ds, slope, ok = bwd_tile(
+            q, k, v, do, lse, delta, offs_m, offs_n, b, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr,
+            k_ids_ptr, prefix_ptr, Sq, Sk, stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, MASKED,
+            BAND, HAS_BIAS, HAS_WORDS, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX, HAS_SOFTCAP, PRECISION,
+        )  # fmt: skip
+        if MASKED:
+            k = seen_rows(k, ok, 0)
+        if HAS_SOFTCAP:
+            ds = tl.where(ok, ds * slope, 0.0)
+        dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def dkv_tiles(
+    dk, dv, k, v, offs_n, offs_d, offs_dv, first, last, list_ptr, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr,
+    words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, b, Sq, Sk, D, DV, stride_qm, stride_qd,
+    stride_dom, stride_dod, stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, MASKED: tl.constexpr,
+    BAND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WORDS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_IDS: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Adds what blocks first..last of queries of one head give to the gradients of a block of keys and values."""
+    for block in range(first, last):
+        if HAS_MAP:
+            start = (tl.load(list_ptr + block // SPLIT) // 2 * SPLIT + block % SPLIT) * BLOCK_M
+        else:
+            start = block * BLOCK_M
+        offs_m = start + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, offs_m, offs_d, Sq, D, stride_qm, stride_qd)
+        do = load_rows(do_ptr, offs_m, offs_dv, Sq, DV, stride_dom, stride_dod)
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < Sq, other=0.0)
+        delta = tl.load(delta_ptr + offs_m, mask=offs_m < Sq, other=0.0)
+        p, ds, slope, ok = bwd_tile(
+            q, k, v, do, lse, delta, offs_m, offs_n, b, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr,
+            k_ids_ptr, prefix_ptr, Sq, Sk, stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, MASKED,
+            BAND, HAS_BIAS, HAS_WORDS, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX, HAS_SOFTCAP, PRECISION,
+        )  # fmt: skip
+        if MASKED:
+            q = seen_rows(q, ok, 1)
+        if HAS_SOFTCAP:
+            ds = tl.where(ok, ds * slope, 0.0)
+        dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
+        dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
+    return dk, dv

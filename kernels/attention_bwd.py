@@ -1,0 +1,224 @@
+"""Masked attention, backward: dq and dk, dv in one launch, scores recomputed from the logsumexp, no atomics.
+
+Dao et al. 2022 (recomputation). Seven products for each score that is not skipped, against five with atomics: the price of
+the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._attention_bwd import dkv_tiles, dq_tiles
+from ._attention_tiles import (
+    band_blocks,
+    bwd_tiles,
+    head_block,
+    like_rows,
+    load_rows,
+    mask_arguments,
+    precision_name,
+)
+from ._launch import cdiv, device_facts, device_guard, require_dtype
+
+
+@triton.jit
+def _attention_bwd_delta_kernel(
+    do_ptr, out_ptr, dlse_ptr, delta_ptr, H, Sq, DV, stride_dob, stride_doh, stride_dom, stride_dod, stride_ob,
+    stride_oh, stride_om, stride_od, stride_lb, stride_lh, stride_lm, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """delta = sum over columns of dout * out, minus the gradient of the logsumexp."""
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = (tl.program_id(1) % H).to(tl.int64)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    do = load_rows(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, Sq, DV, stride_dom, stride_dod)
+    out = load_rows(out_ptr + b * stride_ob + h * stride_oh, offs_m, offs_dv, Sq, DV, stride_om, stride_od)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    if HAS_DLSE:
+        at = dlse_ptr + b * stride_lb + h * stride_lh + offs_m.to(tl.int64) * stride_lm
+        delta -= tl.load(at, mask=offs_m < Sq, other=0.0)
+    tl.store(delta_ptr + (b * H + h) * Sq + offs_m, delta, mask=offs_m < Sq)
+
+
+@triton.jit
+def _attention_bwd_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr,
+    k_ids_ptr, prefix_ptr, q_count_ptr, q_list_ptr, k_count_ptr, k_list_ptr, dq_ptr, dk_ptr, dv_ptr, dq_programs,
+    H, GROUP, Sq, Sk, D, DV, NQ, NK, stride_dob, stride_doh, stride_dom, stride_dod,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_dqb, stride_dqh, stride_dqm, stride_dqd,
+    stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd,
+    stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_wm, tile_b, tile_h, tile_heads,
+    low, high, below, scale, softcap, BAND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WORDS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_IDS: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HAS_MAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """The first programs own blocks of queries, the others blocks of keys with all the heads that share them."""
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    pid = tl.program_id(0)
+    if pid < dq_programs:
+        blocks = tl.cdiv(Sq, BLOCK_M)
+        pid_m = blocks - 1 - pid % blocks
+        b = (pid // blocks // H).to(tl.int64)
+        h = (pid // blocks % H).to(tl.int64)
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, Sq, D, stride_qm, stride_qd)
+        do = load_rows(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, Sq, DV, stride_dom, stride_dod)
+        lse = tl.load(lse_ptr + (b * H + h) * Sq + offs_m, mask=offs_m < Sq, other=0.0)
+        delta = tl.load(delta_ptr + (b * H + h) * Sq + offs_m, mask=offs_m < Sq, other=0.0)
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        begin, full, rest, end = band_blocks(pid_m * BLOCK_M, BLOCK_M, Sk, low, tl.minimum(high, below), BLOCK_N)
+        if HAS_MAP:
+            row = (b * tile_b * tile_heads + h * tile_h) * NQ + pid_m * BLOCK_M // TILE_Q
+            q_list_ptr += row * NK
+            begin = 0
+            full = tl.load(q_count_ptr + 2 * row + 1) * (TILE_K // BLOCK_N)
+            rest = tl.load(q_count_ptr + 2 * row) * (TILE_K // BLOCK_N)
+            end = rest
+        for part in tl.static_range(3):
+            dq = dq_tiles(
+                dq, q, do, lse, delta, offs_m, offs_d, offs_dv,
+                begin if part == 0 else (full if part == 1 else rest),
+                full if part == 0 else (rest if part == 1 else end), q_list_ptr,
+                k_ptr + b * stride_kb + h // GROUP * stride_kh, v_ptr + b * stride_vb + h // GROUP * stride_vh,
+                bias_ptr + b * stride_bb + h * stride_bh if HAS_BIAS else bias_ptr,
+                words_ptr + b * stride_wb + h * stride_wh if HAS_WORDS else words_ptr, lengths_ptr, padding_ptr,
+                q_ids_ptr, k_ids_ptr, prefix_ptr, b, Sq, Sk, D, DV, stride_kn, stride_kd, stride_vn, stride_vd,
+                stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, part != 1, BAND, HAS_BIAS, HAS_WORDS,
+                HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX, HAS_MAP, HAS_SOFTCAP, PRECISION, TILE_K // BLOCK_N,
+                BLOCK_N,
+            )  # fmt: skip
+        at = dq_ptr + b * stride_dqb + h * stride_dqh + offs_m[:, None].to(tl.int64) * stride_dqm
+        inside = (offs_m[:, None] < Sq) & (offs_d[None, :] < D)
+        tl.store(at + offs_d[None, :] * stride_dqd, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
+    else:
+        _dkv_program(
+            pid - dq_programs, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, bias_ptr, words_ptr, lengths_ptr,
+            padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, k_count_ptr, k_list_ptr, dk_ptr, dv_ptr, H, GROUP, Sq, Sk, D,
+            DV, NQ, NK, stride_dob, stride_doh, stride_dom, stride_dod, stride_qb, stride_qh, stride_qm, stride_qd,
+            stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd, stride_dkb,
+            stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd, stride_bb, stride_bh,
+            stride_bm, stride_bn, stride_wb, stride_wh, stride_wm, tile_b, tile_h, tile_heads, low, high, below, scale,
+            softcap, BAND, HAS_BIAS, HAS_WORDS, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX, HAS_MAP, HAS_SOFTCAP,
+            PRECISION, TILE_Q, TILE_K, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+
+
+@triton.jit
+def _dkv_program(
+    pid, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr,
+    k_ids_ptr, prefix_ptr, k_count_ptr, k_list_ptr, dk_ptr, dv_ptr, H, GROUP, Sq, Sk, D, DV, NQ, NK,
+    stride_dob, stride_doh, stride_dom, stride_dod, stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd,
+    stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_wm, tile_b, tile_h, tile_heads,
+    low, high, below, scale, softcap, BAND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WORDS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_IDS: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HAS_MAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of keys of one head of k and v."""
+    blocks = tl.cdiv(Sk, BLOCK_N)
+    shared_heads = H // GROUP
+    pid_n = pid % blocks
+    b = (pid // blocks // shared_heads).to(tl.int64)
+    hk = (pid // blocks % shared_heads).to(tl.int64)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    k = load_rows(k_ptr + b * stride_kb + hk * stride_kh, offs_n, offs_d, Sk, D, stride_kn, stride_kd)
+    v = load_rows(v_ptr + b * stride_vb + hk * stride_vh, offs_n, offs_dv, Sk, DV, stride_vn, stride_vd)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    # query i sees key j for i + low <= j <= i + reach, so key j is seen by j - reach <= i <= j - low
+    begin, full, rest, end = band_blocks(pid_n * BLOCK_N, BLOCK_N, Sq, -tl.minimum(high, below), -low, BLOCK_M)
+    for h in range(hk * GROUP, hk * GROUP + GROUP):
+        row = 0
+        if HAS_MAP:
+            row = (b * tile_b * tile_heads + h * tile_h) * NK + pid_n * BLOCK_N // TILE_K
+            begin = 0
+            full = tl.load(k_count_ptr + 2 * row + 1) * (TILE_Q // BLOCK_M)
+            rest = tl.load(k_count_ptr + 2 * row) * (TILE_Q // BLOCK_M)
+            end = rest
+        for part in tl.static_range(3):
+            dk, dv = dkv_tiles(
+                dk, dv, k, v, offs_n, offs_d, offs_dv, begin if part == 0 else (full if part == 1 else rest),
+                full if part == 0 else (rest if part == 1 else end), k_list_ptr + row * NQ if HAS_MAP else k_list_ptr,
+                q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh,
+                lse_ptr + (b * H + h) * Sq, delta_ptr + (b * H + h) * Sq,
+                bias_ptr + b * stride_bb + h * stride_bh if HAS_BIAS else bias_ptr,
+                words_ptr + b * stride_wb + h * stride_wh if HAS_WORDS else words_ptr, lengths_ptr, padding_ptr,
+                q_ids_ptr, k_ids_ptr, prefix_ptr, b, Sq, Sk, D, DV, stride_qm, stride_qd, stride_dom, stride_dod,
+                stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, part != 1, BAND, HAS_BIAS, HAS_WORDS,
+                HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX, HAS_MAP, HAS_SOFTCAP, PRECISION, TILE_Q // BLOCK_M,
+                BLOCK_M,
+            )  # fmt: skip
+    at = dk_ptr + b * stride_dkb + hk * stride_dkh + offs_n[:, None].to(tl.int64) * stride_dkn
+    inside = offs_n[:, None] < Sk
+    tl.store(
+        at + offs_d[None, :] * stride_dkd, (dk * scale).to(dk_ptr.dtype.element_ty),
+        mask=inside & (offs_d[None, :] < D),
+    )  # fmt: skip
+    at = dv_ptr + b * stride_dvb + hk * stride_dvh + offs_n[:, None].to(tl.int64) * stride_dvn
+    tl.store(at + offs_dv[None, :] * stride_dvd, dv.to(dv_ptr.dtype.element_ty), mask=inside & (offs_dv[None, :] < DV))
+
+
+def delta_of(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
+    """[B, H, Sq] float32: what every program of the backward needs of dout, out and dlse."""
+    batch, heads, queries, dv = out.shape
+    delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+    block_dv = head_block(dv)
+    block_m = max(16, 4096 // block_dv)
+    strides = (0, 0, 0) if dlse is None else dlse.stride()
+    _attention_bwd_delta_kernel[(cdiv(queries, block_m), batch * heads)](
+        dout, out, dlse, delta, heads, queries, dv, *dout.stride(), *out.stride(), *strides, HAS_DLSE=dlse is not None,
+        BLOCK_M=block_m, BLOCK_DV=block_dv, num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return delta
+
+
+def attention_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
+    bias: Tensor | None, key_lengths: Tensor | None, key_padding: Tensor | None, q_ids: Tensor | None,
+    k_ids: Tensor | None, prefix: Tensor | None, tiles: Sequence[Tensor], causal: int, left: int, right: int,
+    scale: float, softcap: float, precision: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) in the layouts of q, k and v.
+
+    Args:
+        dout, dlse: gradients of the forward's results; dlse may be missing.
+        q, k, v, mask, bias, key_lengths, key_padding, q_ids, k_ids, prefix, tiles: the forward's.
+        out, lse: the forward's results.
+        causal, left, right, scale, softcap, precision: the forward's.
+    """
+    require_dtype("attention_bwd", q)
+    (batch, heads, queries, d), shared, keys, dv = q.shape, k.shape[1], k.shape[2], v.shape[3]
+    grads = tuple(like_rows(t, t.shape[3]) for t in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    size = (batch, heads, queries, keys)
+    vectors = (mask, bias, key_lengths, key_padding, q_ids, k_ids, prefix)
+    masks = mask_arguments(size, *vectors, tiles, (causal, left, right))
+    tile = bwd_tiles(queries, max(d, dv), q.element_size(), device_facts(q))
+    dq_programs = cdiv(queries, tile.block_m) * batch * heads
+    with device_guard(q):
+        _attention_bwd_kernel[(dq_programs + cdiv(keys, tile.block_n) * batch * shared,)](
+            dout, q, k, v, lse, delta_of(dout, dlse, out), *masks.pointers, *masks.tiles, *grads, dq_programs, heads,
+            heads // shared, queries, keys, d, dv, cdiv(queries, 128), cdiv(keys, 64), *dout.stride(), *q.stride(),
+            *k.stride(), *v.stride(), *grads[0].stride(), *grads[1].stride(), *grads[2].stride(), *masks.strides,
+            *masks.tile_strides, tiles[1].shape[1] if tiles else 1, *masks.band, scale, softcap or 1.0, **masks.flags,
+            HAS_SOFTCAP=softcap != 0.0, PRECISION=precision_name(precision), TILE_Q=128, TILE_K=64,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=head_block(d), BLOCK_DV=head_block(dv),
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return grads
