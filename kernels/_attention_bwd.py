@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ._attention_tiles import load_rows, seen_rows, tile_bias, tile_mask, tile_scores
+from ._attention_tiles import head_block, load_rows, seen_rows, tile_bias, tile_mask, tile_scores
+from ._launch import cdiv
 
 
 @triton.jit
@@ -100,3 +103,37 @@ def dkv_tiles(
         dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
         dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
     return dk, dv
+
+
+@triton.jit
+def _attention_bwd_delta_kernel(
+    do_ptr, out_ptr, dlse_ptr, delta_ptr, H, Sq, DV, stride_dob, stride_doh, stride_dom, stride_dod, stride_ob,
+    stride_oh, stride_om, stride_od, stride_lb, stride_lh, stride_lm, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """delta = sum over columns of dout * out, minus the gradient of the logsumexp."""
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = (tl.program_id(1) % H).to(tl.int64)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    do = load_rows(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, Sq, DV, stride_dom, stride_dod)
+    out = load_rows(out_ptr + b * stride_ob + h * stride_oh, offs_m, offs_dv, Sq, DV, stride_om, stride_od)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    if HAS_DLSE:
+        at = dlse_ptr + b * stride_lb + h * stride_lh + offs_m.to(tl.int64) * stride_lm
+        delta -= tl.load(at, mask=offs_m < Sq, other=0.0)
+    tl.store(delta_ptr + (b * H + h) * Sq + offs_m, delta, mask=offs_m < Sq)
+
+
+def delta_of(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
+    """[B, H, Sq] float32: what every program of the backward needs of dout, out and dlse."""
+    batch, heads, queries, dv = out.shape
+    delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+    block_dv = head_block(dv)
+    block_m = max(16, 4096 // block_dv)
+    strides = (0, 0, 0) if dlse is None else dlse.stride()
+    _attention_bwd_delta_kernel[(cdiv(queries, block_m), batch * heads)](
+        dout, out, dlse, delta, heads, queries, dv, *dout.stride(), *out.stride(), *strides, HAS_DLSE=dlse is not None,
+        BLOCK_M=block_m, BLOCK_DV=block_dv, num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return delta

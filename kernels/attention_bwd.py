@@ -1,19 +1,18 @@
 """Masked attention, backward: dq and dk, dv in one launch, scores recomputed from the logsumexp, no atomics.
 
-Dao et al. 2022 (recomputation). Seven products for each score that is not skipped, against five with atomics: the price of
-the same bits on every run.
+Dao et al. 2022 (recomputation). Seven products for each score that is not skipped, against five with atomics: the price
+of the same bits on every run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention_bwd import dkv_tiles, dq_tiles
+from ._attention_bwd import delta_of, dkv_tiles, dq_tiles
 from ._attention_tiles import (
     band_blocks,
     bwd_tiles,
@@ -24,26 +23,6 @@ from ._attention_tiles import (
     precision_name,
 )
 from ._launch import cdiv, device_facts, device_guard, require_dtype
-
-
-@triton.jit
-def _attention_bwd_delta_kernel(
-    do_ptr, out_ptr, dlse_ptr, delta_ptr, H, Sq, DV, stride_dob, stride_doh, stride_dom, stride_dod, stride_ob,
-    stride_oh, stride_om, stride_od, stride_lb, stride_lh, stride_lm, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """delta = sum over columns of dout * out, minus the gradient of the logsumexp."""
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = (tl.program_id(1) % H).to(tl.int64)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    do = load_rows(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, Sq, DV, stride_dom, stride_dod)
-    out = load_rows(out_ptr + b * stride_ob + h * stride_oh, offs_m, offs_dv, Sq, DV, stride_om, stride_od)
-    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    if HAS_DLSE:
-        at = dlse_ptr + b * stride_lb + h * stride_lh + offs_m.to(tl.int64) * stride_lm
-        delta -= tl.load(at, mask=offs_m < Sq, other=0.0)
-    tl.store(delta_ptr + (b * H + h) * Sq + offs_m, delta, mask=offs_m < Sq)
 
 
 @triton.jit
@@ -169,20 +148,6 @@ def _dkv_program(
     )  # fmt: skip
     at = dv_ptr + b * stride_dvb + hk * stride_dvh + offs_n[:, None].to(tl.int64) * stride_dvn
     tl.store(at + offs_dv[None, :] * stride_dvd, dv.to(dv_ptr.dtype.element_ty), mask=inside & (offs_dv[None, :] < DV))
-
-
-def delta_of(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
-    """[B, H, Sq] float32: what every program of the backward needs of dout, out and dlse."""
-    batch, heads, queries, dv = out.shape
-    delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    block_dv = head_block(dv)
-    block_m = max(16, 4096 // block_dv)
-    strides = (0, 0, 0) if dlse is None else dlse.stride()
-    _attention_bwd_delta_kernel[(cdiv(queries, block_m), batch * heads)](
-        dout, out, dlse, delta, heads, queries, dv, *dout.stride(), *out.stride(), *strides, HAS_DLSE=dlse is not None,
-        BLOCK_M=block_m, BLOCK_DV=block_dv, num_warps=4, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
-    return delta
 
 
 def attention_bwd(

@@ -121,7 +121,8 @@ def attention_map(
     with device_guard(like):
         _attention_map_classes_kernel[(nq * nk, items * heads)](
             dense, plain[0], padding, *plain[1:], words, classes, q_length, k_length, nq, nk, w, heads,
-            *mask_shape[1:], *shared, *strides, *band_limits(q_length, k_length, causal, left, right), BAND=(causal, left, right) != (0, -1, -1),
+            *mask_shape[1:], *shared, *strides, *band_limits(q_length, k_length, causal, left, right),
+            BAND=(causal, left, right) != (0, -1, -1),
             HAS_MASK=mask is not None, HAS_LENGTHS=key_lengths is not None, HAS_PADDING=padding is not None,
             HAS_IDS=q_ids is not None, HAS_PREFIX=prefix is not None, TILE_Q=TILE_Q, TILE_K=TILE_K, num_warps=4,
             num_stages=1, enable_fp_fusion=True,
