@@ -6,13 +6,15 @@ store for each element (that a program own a tile of the bias is the idea of ope
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._aot import Case
+from ._attention_aot import cases_of
 from ._attention_bwd import bwd_tile, delta_of
 from ._attention_tiles import bwd_tiles, head_block, load_rows, mask_arguments, precision_name
 from ._launch import cdiv, device_facts, device_guard, require_dtype
@@ -139,7 +141,8 @@ def attention_bias_bwd(
         _attention_bias_bwd_kernel[(programs, bias.shape[0] * bias.shape[1])](
             dout, q, k, v, lse, delta_of(dout, dlse, out), *masks.pointers, tiles[1] if tiles else None, dbias, batch,
             heads, heads // shared, queries, keys, d, dv, cdiv(queries, 128), cdiv(keys, 64), *bias.shape[:2],
-            row_tiles, 1 if all_columns else column_tiles, *dout.stride(), *q.stride(), *k.stride(), *v.stride(), *masks.strides,
+            row_tiles, 1 if all_columns else column_tiles, *dout.stride(), *q.stride(), *k.stride(), *v.stride(),
+            *masks.strides,
             *masks.tile_strides, tiles[1].shape[1] if tiles else 1, *masks.band, scale, softcap or 1.0, **masks.flags,
             HAS_SOFTCAP=softcap != 0.0, PRECISION=precision_name(precision), ALL_ROWS=all_rows,
             ALL_COLUMNS=all_columns, TILE_Q=128, TILE_K=64, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
@@ -147,3 +150,13 @@ def attention_bias_bwd(
             enable_fp_fusion=True,
         )  # fmt: skip
     return dbias
+
+
+def aot_cases(arch: int) -> Iterator[Case]:
+    """The tiles of usual head dimensions, for a band, a dense mask, and every mask at once."""
+    for all_rows, all_columns in ((False, False), (True, False), (False, True)):
+        extra = {"ALL_ROWS": all_rows, "ALL_COLUMNS": all_columns}
+        for case in cases_of(_attention_bias_bwd_kernel, arch, bwd_tiles, extra):
+            if case.constexprs["HAS_BIAS"]:
+                label = f"{case.label} {'one row' if all_rows else 'one column' if all_columns else 'tile'}"
+                yield case._replace(label=label, quick=case.quick or "bf16 ieee D=64" in label, num_stages=1)

@@ -6,13 +6,15 @@ of the same bits on every run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention_bwd import delta_of, dkv_tiles, dq_tiles
+from ._aot import Case
+from ._attention_aot import cases_of, types_of
+from ._attention_bwd import _attention_bwd_delta_kernel, delta_of, dkv_tiles, dq_tiles
 from ._attention_tiles import (
     band_blocks,
     bwd_tiles,
@@ -187,3 +189,11 @@ def attention_bwd(
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return grads
+
+
+def aot_cases(arch: int) -> Iterator[Case]:
+    """The tiles of usual head dimensions, for a band, a dense mask, and every mask at once."""
+    yield from cases_of(_attention_bwd_kernel, arch, bwd_tiles)
+    for d in (64, 128, 256):
+        sizes = {"BLOCK_M": max(16, 4096 // d), "BLOCK_DV": d, "HAS_DLSE": True, "stride_dod": 1, "stride_od": 1}
+        yield Case(_attention_bwd_delta_kernel, f"bf16 D={d}", types_of("bf16"), sizes, 4, d == 64)

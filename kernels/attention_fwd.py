@@ -6,13 +6,15 @@ each block of queries; 4 D operations for each score that is not skipped. Full t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._aot import Case
+from ._attention_aot import cases_of
 from ._attention_tiles import (
     band_blocks,
     fwd_tiles,
@@ -170,3 +172,8 @@ def attention_fwd(
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
+
+
+def aot_cases(arch: int) -> Iterator[Case]:
+    """The tiles of usual head dimensions, for a band, a dense mask, and every mask at once."""
+    yield from cases_of(_attention_fwd_kernel, arch, fwd_tiles)

@@ -6,11 +6,14 @@ each row and column of tiles. Nothing travels to the host.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._aot import Case
 from ._attention_tiles import TILE_K, TILE_Q, band_limits, tile_mask
 from ._launch import cdiv, device_guard, next_power_of_two
 
@@ -136,3 +139,24 @@ def attention_map(
                 num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
     return out
+
+
+def aot_cases(arch: int) -> Iterator[Case]:
+    """A dense mask with everything else and without; lists of short and long rows."""
+    integers = (
+        "Sq", "Sk", "NQ", "NK", "W", "heads", "mask_heads", "mask_rows", "shared_b", "shared_h", "shared_m", "stride_mb",
+        "stride_mh", "stride_mm", "stride_mn", "low", "high", "below", "rows", "n", "stride_row", "stride_entry",
+    )  # fmt: skip
+    vectors = ("lengths_ptr", "q_ids_ptr", "k_ids_ptr", "prefix_ptr")
+    types = dict.fromkeys(integers, "i32") | dict.fromkeys(vectors, "*i64")
+    types |= {"mask_ptr": "*u8", "padding_ptr": "*u8", "words_ptr": "*i32", "classes_ptr": "*u8"}
+    types |= {"count_ptr": "*i32", "list_ptr": "*i32"}
+    for every in (False, True):
+        flags = dict.fromkeys(("HAS_LENGTHS", "HAS_PADDING", "HAS_IDS", "HAS_PREFIX", "BAND"), every)
+        absent = {} if every else dict.fromkeys((*vectors, "padding_ptr"))
+        sizes = {"HAS_MASK": True, "TILE_Q": TILE_Q, "TILE_K": TILE_K, "stride_mn": 1}
+        label = "every mask" if every else "a dense mask"
+        yield Case(_attention_map_classes_kernel, label, types, flags | absent | sizes, 4, quick=not every)
+    for block in (16, 256):
+        entries = {"BLOCK": block}
+        yield Case(_attention_map_lists_kernel, f"{block} tiles at once", types, entries, 1, quick=block == 256)
