@@ -84,6 +84,7 @@ def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]
     *tensors, tiles, causal, left, right, scale, softcap, precision = inputs
     ctx.present = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None), *outputs, *tiles)
+    ctx.tiles = len(tiles)
     ctx.numbers = (causal, left, right, scale, softcap, precision)
 
 
@@ -95,23 +96,23 @@ def _saved(ctx: Any) -> tuple[list[Tensor | None], list[Tensor], list[Tensor]]:
     return tensors, rest[:2], rest[2:]
 
 
-def _fwd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _fwd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     if dout is None and dlse is None:
-        return (None,) * 17
+        return *((None,) * 10), [None] * ctx.tiles, *((None,) * 6)
     (q, k, v, *masks), (out, lse), tiles = _saved(ctx)
     dout = torch.zeros_like(out) if dout is None else dout
     args = (dout, dlse, q, k, v, out, lse, *masks, tiles, *ctx.numbers)
     dq, dk, dv = attention_bwd(ctx.decision, *args)
     dbias = attention_bias_bwd(ctx.decision, *args) if ctx.needs_input_grad[4] else None
-    return dq, dk, dv, None, dbias, *((None,) * 12)
+    return dq, dk, dv, None, dbias, *((None,) * 5), [None] * ctx.tiles, *((None,) * 6)
 
 
 def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
-    dout, dlse, q, k, v, _, _, *masks, _, causal, left, right, scale, softcap, _ = inputs
+    dout, dlse, q, k, v, _, _, *masks, tiles, causal, left, right, scale, softcap, _ = inputs
     tensors = [dout, dlse, q, k, v, *masks]
     ctx.present = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None))
-    ctx.band, ctx.numbers = Band(causal, left, right), (scale, softcap)
+    ctx.tiles, ctx.band, ctx.numbers = len(tiles), Band(causal, left, right), (scale, softcap)
 
 
 def _second(
@@ -125,7 +126,7 @@ def _second(
     assert dout is not None and q is not None and k is not None and v is not None
     leaves = (dout, dlse, q, k, v)
     given = attention_second((ddq, ddk, ddv, ddbias), *leaves, Masks(*masks), ctx.band, *ctx.numbers)
-    return *given[:5], None, None, None, given[5], *((None,) * 12)
+    return *given[:5], None, None, None, given[5], *((None,) * 5), [None] * ctx.tiles, *((None,) * 6)
 
 
 def _bwd_backward(ctx: Any, ddq: Tensor | None, ddk: Tensor | None, ddv: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -133,7 +134,9 @@ def _bwd_backward(ctx: Any, ddq: Tensor | None, ddk: Tensor | None, ddv: Tensor 
 
 
 def _bias_bwd_backward(ctx: Any, ddbias: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (None,) * 21 if ddbias is None else _second(ctx, ddbias=ddbias)
+    if ddbias is None:
+        return *((None,) * 14), [None] * ctx.tiles, *((None,) * 6)
+    return _second(ctx, ddbias=ddbias)
 
 
 _TENSORS = "Tensor q, Tensor k, Tensor v"

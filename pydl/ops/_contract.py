@@ -143,8 +143,7 @@ def _eager_function(op: Op, overload: Any, setup: Formula, backward: Formula) ->
     def run_backward(ctx: Any, *grads: Tensor | None) -> Any:
         decision = ctx.decision
         record(decision, "backward")
-        given = backward(ctx, *grads)
-        return (*given, None) if isinstance(given, tuple) else (given, None)
+        return (*_flat(backward(ctx, *grads)), None)
 
     return _function(op, forward, run_backward)
 
@@ -153,8 +152,17 @@ def _transform_function(op: Op, overload: Any, setup_context: Formula, backward:
     def forward(*args: Any) -> Any:
         return overload(*args)
 
+    def run_backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return _flat(backward(ctx, *grads))
+
     body = {"setup_context": staticmethod(setup_context), "generate_vmap_rule": True}
-    return _function(op, forward, backward, **body)
+    return _function(op, forward, run_backward, **body)
+
+
+def _flat(given: Any) -> tuple[Any, ...]:
+    """As a Function gives gradients: None for a list of tensors, where an operator's formula gives a list of None."""
+    given = given if isinstance(given, tuple) else (given,)
+    return tuple(None if isinstance(g, list) else g for g in given)
 
 
 def _function(op: Op, forward: Formula, backward: Formula, **body: Any) -> type:

@@ -178,7 +178,7 @@ def scaled_dot_product_attention(
         attn_mask: bool (True = attend) or float of the query's dtype, added to the scores; broadcastable to
             [N, ..., H, L, S]. A float mask has a gradient in its own shape.
         dropout_p: above 0 the call goes to torch.
-        is_causal: key j <= query i; not together with attn_mask.
+        is_causal: key j <= query i; together with attn_mask the call goes to torch.
         scale: default 1 / sqrt(E).
         enable_gqa: whether H may be a multiple of Hk.
 
@@ -198,7 +198,7 @@ def scaled_dot_product_attention(
     elif dropout_p > 0.0:
         declined = "dropout is left to torch"
     elif attn_mask is not None and (is_causal or not _same_kind(query, attn_mask)):
-        declined = "torch refuses this mask"
+        declined = "a mask beside is_causal, or of another dtype or device, is left to torch"
     elif query.shape[:-3] != key.shape[:-3] or not enable_gqa and query.shape[-3] != key.shape[-3]:
         declined = "broadcast batch dimensions are left to torch"
     else:
@@ -265,6 +265,7 @@ def _given(op: str, mask_map: AttentionMap, decision: Decision, band: Band, size
     return mask_map.tensors
 
 
+@torch.compiler.assume_constant_result
 def _precision() -> int:
     """How float32 products are computed, as torch is told to: 0 exactly, 1 tf32, 2 three tf32 products."""
     return _PRECISIONS[torch.get_float32_matmul_precision()]
