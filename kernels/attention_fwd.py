@@ -123,7 +123,9 @@ def _attention_fwd_kernel(
     mask_m = offs_m < Sq
     out = tl.where(total[:, None] > 0.0, acc / tl.where(total > 0.0, total, 1.0)[:, None], 0.0)
     out = tl.where((total != total)[:, None], total[:, None], out)
-    lse = tl.where(total == 0.0, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
+    lse = tl.where(
+        total == 0.0, float("-inf"), (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * 0.6931471805599453
+    )
     at = (
         out_ptr
         + b * stride_ob

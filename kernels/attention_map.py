@@ -144,8 +144,8 @@ def attention_map(
 def aot_cases(arch: int) -> Iterator[Case]:
     """A dense mask with everything else and without; lists of short and long rows."""
     integers = (
-        "Sq", "Sk", "NQ", "NK", "W", "heads", "mask_heads", "mask_rows", "shared_b", "shared_h", "shared_m", "stride_mb",
-        "stride_mh", "stride_mm", "stride_mn", "low", "high", "below", "rows", "n", "stride_row", "stride_entry",
+        "Sq", "Sk", "NQ", "NK", "W", "heads", "mask_heads", "mask_rows", "shared_b", "shared_h", "shared_m",
+        "stride_mb", "stride_mh", "stride_mm", "stride_mn", "low", "high", "below", "rows", "n", "stride_row", "stride_entry",
     )  # fmt: skip
     vectors = ("lengths_ptr", "q_ids_ptr", "k_ids_ptr", "prefix_ptr")
     types = dict.fromkeys(integers, "i32") | dict.fromkeys(vectors, "*i64")

@@ -2,7 +2,8 @@
 
 The interpreter keeps bfloat16 as uint16 bit patterns and, up to Triton 3.9, computes on the patterns: products, dots
 and comparisons are wrong, and fp32 is truncated instead of rounded. :func:`repair` widens to fp32 and rounds to nearest
-even. It does not see an access outside a tensor either: :class:`Canaries` puts tensors between NaN guards.
+even, and it makes calls of device functions cheap. The interpreter does not see an access outside a tensor either:
+:class:`Canaries` puts tensors between NaN guards.
 """
 
 from __future__ import annotations
@@ -92,6 +93,22 @@ def _index(original: Callable) -> Callable:
     return patch
 
 
+def _device_call(original: Callable) -> Callable:
+    import triton.language as tl
+
+    languages: dict[Any, list[Any]] = {}
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # the original patches the language anew for each call, which costs more than most device functions
+        if self.fn not in languages:
+            languages[self.fn] = [m for m in self.fn.__globals__.values() if m is tl or m is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages[self.fn]):
+            return original(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    return method
+
+
 def _repairs() -> dict[tuple[Any, str], Callable]:
     """The replacement of each wrong function, by its owner and name."""
     from triton.runtime import interpreter
@@ -106,6 +123,7 @@ def _repairs() -> dict[tuple[Any, str], Callable]:
         (builder, "create_dot"): _dot(builder.create_dot),
         (reductions, "check_tensor"): _refuse(reductions.check_tensor),
         (interpreter, "_patch_lang_tensor"): _index(interpreter._patch_lang_tensor),
+        (interpreter.InterpretedFunction, "__call__"): _device_call(interpreter.InterpretedFunction.__call__),
     }
 
 

@@ -121,7 +121,7 @@ def _second(
     ddk: Tensor | None = None,
     ddv: Tensor | None = None,
     ddbias: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     (dout, dlse, q, k, v, *masks), *_ = _saved(ctx)
     assert dout is not None and q is not None and k is not None and v is not None
     leaves = (dout, dlse, q, k, v)
@@ -129,11 +129,11 @@ def _second(
     return *given[:5], None, None, None, given[5], *((None,) * 5), [None] * ctx.tiles, *((None,) * 6)
 
 
-def _bwd_backward(ctx: Any, ddq: Tensor | None, ddk: Tensor | None, ddv: Tensor | None) -> tuple[Tensor | None, ...]:
+def _bwd_backward(ctx: Any, ddq: Tensor | None, ddk: Tensor | None, ddv: Tensor | None) -> tuple[Any, ...]:
     return _second(ctx, ddq, ddk, ddv)
 
 
-def _bias_bwd_backward(ctx: Any, ddbias: Tensor | None) -> tuple[Tensor | None, ...]:
+def _bias_bwd_backward(ctx: Any, ddbias: Tensor | None) -> tuple[Any, ...]:
     if ddbias is None:
         return *((None,) * 14), [None] * ctx.tiles, *((None,) * 6)
     return _second(ctx, ddbias=ddbias)

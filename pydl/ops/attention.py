@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from pydl.ops._attention_composed import composed
 from pydl.ops._attention_masks import Band, Ids, Masks, Window, check_band, check_masks, check_tensors
 from pydl.ops._attention_ops import attention_fwd, attention_map
 
-__all__ = ["attention", "scaled_dot_product_attention"]
+__all__ = ["attention", "attention_mask_map", "merge_attention", "scaled_dot_product_attention"]
+
+# a map is not a tensor, and merging is torch's own operations: their tests stand beside those of the kernels
+UNGRADED = ("attention_mask_map", "merge_attention")
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _RAW = ("attention_map", "attention_fwd", "attention_bwd", "attention_bias_bwd")
@@ -157,6 +161,43 @@ def attention_mask_map(
     decision = choose(_FAMILY, like)
     found = _build(decision, masks, band, size) if decision.backend != "torch" else []
     return AttentionMap(decision, (batch, q_length, k_length), band, found)
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over all keys from results over parts of them, for keys that lie on several devices or arrive late.
+
+    Args:
+        outs: each [B, H, Sq, Dv], of one dtype.
+        lses: each [B, H, Sq], the logsumexp that ``attention(..., return_lse=True)`` gave with it.
+
+    Returns:
+        out [B, H, Sq, Dv] in the dtype of the parts and lse [B, H, Sq], as one call over all keys gives them.
+        Differentiable. A query that no part had a key for gives 0 and -inf.
+
+    Raises:
+        ValueError: no part, or another number of logsumexps.
+        RuntimeError: shapes that do not agree.
+
+    Source: the associative form of the online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867).
+    """
+    op = "merge_attention"
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"{op}: argument 'lses' must have one entry for each of outs, got {len(lses)} and {len(outs)}")
+    for out, lse in zip(outs, lses, strict=True):
+        if out.shape != outs[0].shape or lse.shape != out.shape[:-1]:
+            raise RuntimeError(
+                f"{op}: outs must be [B, H, Sq, Dv] and lses [B, H, Sq], got {list(out.shape)} and {list(lse.shape)} "
+                f"where the first is {list(outs[0].shape)}"
+            )
+    sums = torch.stack(list(lses))
+    top = sums.detach().amax(0)
+    base = torch.where(top.isneginf(), 0.0, top)
+    weights = torch.exp(sums - base)
+    total = weights.sum(0)
+    empty = total == 0
+    total = torch.where(empty, 1.0, total)
+    merged = sum((w / total).unsqueeze(-1) * out for w, out in zip(weights, outs, strict=True))
+    return merged.to(outs[0].dtype), torch.where(empty, float("-inf"), total.log() + base)  # type: ignore[union-attr]
 
 
 def scaled_dot_product_attention(
