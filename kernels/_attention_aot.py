@@ -44,20 +44,21 @@ def types_of(dtype: str) -> dict[str, str]:
 
 
 def cases_of(
-    kernel: Any, arch: int, choose: Callable[[int, int, int, Device], Tiles], extra: dict[str, Any] | None = None
+    kernel: Any, arch: int, choose: Callable[[int, int, int, bool, Device], Tiles], extra: dict[str, Any] | None = None
 ) -> Iterator[Case]:
-    """Head dimensions 64, 128 and 256 in bf16, 64 in fp32 by each precision; innermost strides of 1."""
+    """Head dimensions 64, 128 and 256 in bf16, 32 and 64 in fp32, this one by each precision; innermost strides of 1."""
     for dtype, d, precision in (
         ("bf16", 64, "ieee"),
         ("bf16", 128, "ieee"),
         ("bf16", 256, "ieee"),
+        ("fp32", 32, "ieee"),
         ("fp32", 64, "ieee"),
         ("fp32", 64, "tf32"),
         ("fp32", 64, "tf32x3"),
     ):
         itemsize = 2 if dtype == "bf16" else 4
-        tile = choose(4096, d, itemsize, Device(arch, 132))
         for kind, has in KINDS.items():
+            tile = choose(4096, d, itemsize, kind == "every mask", Device(arch, 132))
             if precision != "ieee" and kind != "band":
                 continue
             constants: dict[str, Any] = {flag: flag in has for flag in _FLAGS}

@@ -32,8 +32,8 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def tile_mask(
-    offs_m, offs_n, b, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, Sq, Sk, stride_wm,
-    low, high, below, BAND: tl.constexpr, HAS_WORDS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    start_m, offs_m, offs_n, b, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, Sq, Sk,
+    stride_wm, low, high, below, BAND: tl.constexpr, HAS_WORDS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_PADDING: tl.constexpr, HAS_IDS: tl.constexpr, HAS_PREFIX: tl.constexpr,
 ):  # fmt: skip
     """Which scores of a tile are allowed: bool [BLOCK_M, BLOCK_N]. ``words_ptr`` is that of the batch item and head."""
@@ -53,8 +53,9 @@ def tile_mask(
         k_ids = tl.load(k_ids_ptr + b * Sk + offs_n, mask=offs_n < Sk, other=0)
         ok = ok & (q_ids[:, None] == k_ids[None, :])
     if HAS_WORDS:
-        at = words_ptr + offs_m[:, None].to(tl.int64) * stride_wm + (offs_n // 32)[None, :]
-        words = tl.load(at, mask=(offs_m[:, None] < Sq) & (offs_n[None, :] < Sk), other=0)
+        at = (offs_m - start_m)[:, None] * stride_wm + (offs_n // 32)[None, :]
+        words_ptr += tl.cast(start_m, tl.int64) * stride_wm
+        words = tl.load(words_ptr + at, mask=(offs_m[:, None] < Sq) & (offs_n[None, :] < Sk), other=0)
         ok = ok & (((words >> (offs_n % 32)[None, :]) & 1) != 0)
     return ok
 
@@ -72,17 +73,22 @@ def tile_scores(q, kt, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def tile_bias(bias_ptr, offs_m, offs_n, Sq, Sk, stride_bm, stride_bn):
+def tile_bias(bias_ptr, start_m, start_n, offs_m, offs_n, Sq, Sk, stride_bm, stride_bn):
     """The bias of a tile, fp32; 0 outside. ``bias_ptr`` is that of the batch item and head."""
-    at = bias_ptr + offs_m[:, None].to(tl.int64) * stride_bm + offs_n[None, :].to(tl.int64) * stride_bn
-    return tl.load(at, mask=(offs_m[:, None] < Sq) & (offs_n[None, :] < Sk), other=0.0).to(tl.float32)
+    bias_ptr += tl.cast(start_m, tl.int64) * stride_bm + tl.cast(start_n, tl.int64) * stride_bn
+    at = (offs_m - start_m)[:, None] * stride_bm + (offs_n - start_n)[None, :] * stride_bn
+    return tl.load(bias_ptr + at, mask=(offs_m[:, None] < Sq) & (offs_n[None, :] < Sk), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_rows(ptr, offs, offs_d, S, D, stride_s, stride_d):
-    """Rows [BLOCK, BLOCK_D] of q, k, v or a gradient; 0 outside."""
-    at = ptr + offs[:, None].to(tl.int64) * stride_s + offs_d[None, :] * stride_d
-    return tl.load(at, mask=(offs[:, None] < S) & (offs_d[None, :] < D), other=0.0)
+def load_rows(ptr, start, offs, offs_d, S, D, stride_s, stride_d):
+    """Rows ``offs`` = start, start + 1, ... of q, k, v or a gradient, [BLOCK, BLOCK_D]; 0 outside.
+
+    Only the tile's start is multiplied in 64 bits: offsets inside of a tile then cost half the registers.
+    """
+    ptr += tl.cast(start, tl.int64) * stride_s
+    at = (offs - start)[:, None] * stride_s + offs_d[None, :] * stride_d
+    return tl.load(ptr + at, mask=(offs[:, None] < S) & (offs_d[None, :] < D), other=0.0)
 
 
 @triton.jit
@@ -137,6 +143,7 @@ def mask_arguments(
     if given != bool(tiles):
         raise ValueError("attention: masks that are tensors need the six tensors of their tile map, others none")
     words = tiles[0] if mask is not None else None
+    bias = None if bias is None else near(bias)
     padding = None if key_padding is None else key_padding.contiguous().view(torch.uint8)
     lengths, *rest = (None if t is None else t.contiguous() for t in (key_lengths, q_ids, k_ids, prefix))
     pointers = (bias, words, lengths, padding, *rest)
@@ -181,31 +188,45 @@ def head_block(d: int) -> int:
     return max(next_power_of_two(d), 16)
 
 
+def is_heavy(flags: dict[str, bool], softcap: float) -> bool:
+    """Whether the masks of a call need so many registers that tiles must be smaller."""
+    kinds = ("HAS_WORDS", "HAS_LENGTHS", "HAS_PADDING", "HAS_IDS", "HAS_PREFIX")
+    return flags["HAS_BIAS"] or softcap != 0.0 or sum(flags[kind] for kind in kinds) > 1
+
+
 @functools.lru_cache(maxsize=1024)
-def fwd_tiles(queries: int, d: int, itemsize: int, device: Device) -> Tiles:
+def fwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) -> Tiles:
     """Tile of the forward: as many queries as registers hold beside the sums; fewer stages on small parts."""
-    block_d = head_block(d)
-    wide = block_d * itemsize
-    block_m = 128 if wide <= 256 else 64
-    block_n = 64 if wide <= 256 else 32
-    if wide >= 1024:
-        block_m, block_n = 32, 32
+    wide = head_block(d) * itemsize
+    hopper = device.arch in (90, 100)
+    if itemsize == 2:
+        block_m = 128 if wide <= (256 if hopper else 128) else 64
+        block_n = 32 if wide > 256 or (wide == 256 and hopper and heavy) else 64
+    else:
+        block_m, block_n = (64, 32) if wide <= 512 else (32, 32)
     while block_m > 16 and block_m >= 2 * queries:
         block_m //= 2
-    stages = 2 if wide > 256 or device.arch in (86, 89, 120) else 3
-    return Tiles(block_m, block_n, 8 if block_m * block_d >= 128 * 128 else 4, stages)
+    return Tiles(block_m, block_n, 8 if block_m >= 64 else 4, 3 if wide <= 128 and hopper else 2)
 
 
 @functools.lru_cache(maxsize=1024)
-def bwd_tiles(queries: int, d: int, itemsize: int, device: Device) -> Tiles:
-    """Tile of the backward, whose programs hold two sums and recompute the scores."""
-    block_d = head_block(d)
-    wide = block_d * itemsize
-    block_m = 64 if wide <= 128 else 32
+def bwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) -> Tiles:
+    """Tile of the backward, whose programs hold two sums and recompute the scores: the largest that do not spill."""
+    wide = head_block(d) * itemsize
+    block_m, block_n, num_warps = 32, 16, 8
+    if itemsize == 2 and wide <= 128:
+        block_m, block_n, num_warps = (32, 64, 4) if heavy else (64, 64, 8)
+    elif wide <= (256 if itemsize == 2 else 128):
+        block_n = 32
     while block_m > 16 and block_m >= 2 * queries:
         block_m //= 2
-    block_n = 64 if wide <= 256 else 32
-    return Tiles(block_m, block_n, 8 if block_d >= 128 else 4, 1 if wide > 256 else 2)
+    return Tiles(block_m, block_n, num_warps, 1)
+
+
+def near(t: Tensor) -> Tensor:
+    """The tensor, copied if 32 bits do not hold the offsets inside of a tile of its rows."""
+    span = TILE_Q * abs(t.stride(2)) + t.shape[3] * abs(t.stride(3))
+    return t if span < 2**31 else t.contiguous()
 
 
 def like_rows(t: Tensor, last: int) -> Tensor:

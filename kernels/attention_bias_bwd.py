@@ -16,7 +16,7 @@ from torch import Tensor
 from ._aot import Case
 from ._attention_aot import cases_of
 from ._attention_bwd import bwd_tile, delta_of
-from ._attention_tiles import bwd_tiles, head_block, load_rows, mask_arguments, precision_name
+from ._attention_tiles import bwd_tiles, head_block, is_heavy, load_rows, mask_arguments, near, precision_name
 from ._launch import cdiv, device_facts, device_guard, require_dtype
 
 
@@ -54,9 +54,11 @@ def _attention_bias_bwd_kernel(
         h = (own_h + shared % spread_h).to(tl.int64)
         at = (b * H + h) * Sq
         for pid_m in range(row_first, row_last):
-            offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-            q = load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, Sq, D, stride_qm, stride_qd)
-            do = load_rows(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, Sq, DV, stride_dom, stride_dod)
+            start_m = pid_m * BLOCK_M
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, offs_d, Sq, D, stride_qm, stride_qd)
+            do_rows = do_ptr + b * stride_dob + h * stride_doh
+            do = load_rows(do_rows, start_m, offs_m, offs_dv, Sq, DV, stride_dom, stride_dod)
             lse = tl.load(lse_ptr + at + offs_m, mask=offs_m < Sq, other=0.0)
             delta = tl.load(delta_ptr + at + offs_m, mask=offs_m < Sq, other=0.0)
             for pid_n in range(column_first, column_last):
@@ -65,12 +67,15 @@ def _attention_bias_bwd_kernel(
                     row = (b * tile_b * tile_heads + h * tile_h) * NQ + pid_m * BLOCK_M // TILE_Q
                     kind = tl.load(classes_ptr + row * NK + pid_n * BLOCK_N // TILE_K).to(tl.int32)
                 if kind != 0:
-                    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-                    kv = h // GROUP
-                    k = load_rows(k_ptr + b * stride_kb + kv * stride_kh, offs_n, offs_d, Sk, D, stride_kn, stride_kd)
-                    v = load_rows(v_ptr + b * stride_vb + kv * stride_vh, offs_n, offs_dv, Sk, DV, stride_vn, stride_vd)
+                    start_n = pid_n * BLOCK_N
+                    offs_n = start_n + tl.arange(0, BLOCK_N)
+                    k_rows = k_ptr + b * stride_kb + h // GROUP * stride_kh
+                    v_rows = v_ptr + b * stride_vb + h // GROUP * stride_vh
+                    k = load_rows(k_rows, start_n, offs_n, offs_d, Sk, D, stride_kn, stride_kd)
+                    v = load_rows(v_rows, start_n, offs_n, offs_dv, Sk, DV, stride_vn, stride_vd)
                     _, ds, _, _ = bwd_tile(
-                        q, k, v, do, lse, delta, offs_m, offs_n, b, bias_ptr + b * stride_bb + h * stride_bh,
+                        q, k, v, do, lse, delta, start_m, start_n, offs_m, offs_n, b,
+                        bias_ptr + b * stride_bb + h * stride_bh,
                         words_ptr + b * stride_wb + h * stride_wh if HAS_WORDS else words_ptr, lengths_ptr, padding_ptr,
                         q_ids_ptr, k_ids_ptr, prefix_ptr, Sq, Sk, stride_bm, stride_bn, stride_wm, low, high, below,
                         scale, softcap, True, BAND, HAS_BIAS, HAS_WORDS, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX,
@@ -124,6 +129,7 @@ def attention_bias_bwd(
         causal, left, right, scale, softcap, precision: the forward's.
     """
     require_dtype("attention_bias_bwd", q)
+    dout, q, k, v, out = (near(t) for t in (dout, q, k, v, out))
     (batch, heads, queries, d), shared, keys, dv = q.shape, k.shape[1], k.shape[2], v.shape[3]
     size = (batch, heads, queries, keys)
     if any(n not in (1, full) for n, full in zip(bias.shape, size, strict=True)):
@@ -133,7 +139,8 @@ def attention_bias_bwd(
         return dbias.zero_()
     vectors = (mask, bias, key_lengths, key_padding, q_ids, k_ids, prefix)
     masks = mask_arguments(size, *vectors, tiles, (causal, left, right))
-    tile = bwd_tiles(queries, max(d, dv), q.element_size(), device_facts(q))
+    heavy = is_heavy(masks.flags, softcap)
+    tile = bwd_tiles(queries, max(d, dv), q.element_size(), heavy, device_facts(q))
     all_rows, all_columns = (n == 1 and full > 1 for n, full in zip(bias.shape[2:], size[2:], strict=True))
     row_tiles, column_tiles = cdiv(queries, tile.block_m), cdiv(keys, tile.block_n)
     programs = (1 if all_rows else row_tiles) * (1 if all_columns else column_tiles)

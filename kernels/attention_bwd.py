@@ -19,9 +19,11 @@ from ._attention_tiles import (
     band_blocks,
     bwd_tiles,
     head_block,
+    is_heavy,
     like_rows,
     load_rows,
     mask_arguments,
+    near,
     precision_name,
 )
 from ._launch import cdiv, device_facts, device_guard, require_dtype
@@ -50,9 +52,11 @@ def _attention_bwd_kernel(
         pid_m = blocks - 1 - pid % blocks
         b = (pid // blocks // H).to(tl.int64)
         h = (pid // blocks % H).to(tl.int64)
-        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, Sq, D, stride_qm, stride_qd)
-        do = load_rows(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, Sq, DV, stride_dom, stride_dod)
+        start_m = pid_m * BLOCK_M
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, offs_d, Sq, D, stride_qm, stride_qd)
+        do_rows = do_ptr + b * stride_dob + h * stride_doh
+        do = load_rows(do_rows, start_m, offs_m, offs_dv, Sq, DV, stride_dom, stride_dod)
         lse = tl.load(lse_ptr + (b * H + h) * Sq + offs_m, mask=offs_m < Sq, other=0.0)
         delta = tl.load(delta_ptr + (b * H + h) * Sq + offs_m, mask=offs_m < Sq, other=0.0)
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -64,16 +68,15 @@ def _attention_bwd_kernel(
             full = tl.load(q_count_ptr + 2 * row + 1) * (TILE_K // BLOCK_N)
             rest = tl.load(q_count_ptr + 2 * row) * (TILE_K // BLOCK_N)
             end = rest
-        for part in tl.static_range(3):
+        for part in tl.static_range(2):
             dq = dq_tiles(
-                dq, q, do, lse, delta, offs_m, offs_d, offs_dv,
-                begin if part == 0 else (full if part == 1 else rest),
-                full if part == 0 else (rest if part == 1 else end), q_list_ptr,
+                dq, q, do, lse, delta, start_m, offs_m, offs_d, offs_dv, begin if part == 0 else full,
+                end - (rest - full) if part == 0 else rest, full, 0 if part else rest - full, q_list_ptr,
                 k_ptr + b * stride_kb + h // GROUP * stride_kh, v_ptr + b * stride_vb + h // GROUP * stride_vh,
                 bias_ptr + b * stride_bb + h * stride_bh if HAS_BIAS else bias_ptr,
                 words_ptr + b * stride_wb + h * stride_wh if HAS_WORDS else words_ptr, lengths_ptr, padding_ptr,
                 q_ids_ptr, k_ids_ptr, prefix_ptr, b, Sq, Sk, D, DV, stride_kn, stride_kd, stride_vn, stride_vd,
-                stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, part != 1, BAND, HAS_BIAS, HAS_WORDS,
+                stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, part == 0, BAND, HAS_BIAS, HAS_WORDS,
                 HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX, HAS_MAP, HAS_SOFTCAP, PRECISION, TILE_K // BLOCK_N,
                 BLOCK_N,
             )  # fmt: skip
@@ -112,11 +115,12 @@ def _dkv_program(
     pid_n = pid % blocks
     b = (pid // blocks // shared_heads).to(tl.int64)
     hk = (pid // blocks % shared_heads).to(tl.int64)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    start_n = pid_n * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    k = load_rows(k_ptr + b * stride_kb + hk * stride_kh, offs_n, offs_d, Sk, D, stride_kn, stride_kd)
-    v = load_rows(v_ptr + b * stride_vb + hk * stride_vh, offs_n, offs_dv, Sk, DV, stride_vn, stride_vd)
+    k = load_rows(k_ptr + b * stride_kb + hk * stride_kh, start_n, offs_n, offs_d, Sk, D, stride_kn, stride_kd)
+    v = load_rows(v_ptr + b * stride_vb + hk * stride_vh, start_n, offs_n, offs_dv, Sk, DV, stride_vn, stride_vd)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     # query i sees key j for i + low <= j <= i + reach, so key j is seen by j - reach <= i <= j - low
@@ -129,16 +133,17 @@ def _dkv_program(
             full = tl.load(k_count_ptr + 2 * row + 1) * (TILE_Q // BLOCK_M)
             rest = tl.load(k_count_ptr + 2 * row) * (TILE_Q // BLOCK_M)
             end = rest
-        for part in tl.static_range(3):
+        for part in tl.static_range(2):
             dk, dv = dkv_tiles(
-                dk, dv, k, v, offs_n, offs_d, offs_dv, begin if part == 0 else (full if part == 1 else rest),
-                full if part == 0 else (rest if part == 1 else end), k_list_ptr + row * NQ if HAS_MAP else k_list_ptr,
+                dk, dv, k, v, start_n, offs_n, offs_d, offs_dv, begin if part == 0 else full,
+                end - (rest - full) if part == 0 else rest, full, 0 if part else rest - full,
+                k_list_ptr + row * NQ if HAS_MAP else k_list_ptr,
                 q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh,
                 lse_ptr + (b * H + h) * Sq, delta_ptr + (b * H + h) * Sq,
                 bias_ptr + b * stride_bb + h * stride_bh if HAS_BIAS else bias_ptr,
                 words_ptr + b * stride_wb + h * stride_wh if HAS_WORDS else words_ptr, lengths_ptr, padding_ptr,
                 q_ids_ptr, k_ids_ptr, prefix_ptr, b, Sq, Sk, D, DV, stride_qm, stride_qd, stride_dom, stride_dod,
-                stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, part != 1, BAND, HAS_BIAS, HAS_WORDS,
+                stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, part == 0, BAND, HAS_BIAS, HAS_WORDS,
                 HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX, HAS_MAP, HAS_SOFTCAP, PRECISION, TILE_Q // BLOCK_M,
                 BLOCK_M,
             )  # fmt: skip
@@ -167,6 +172,7 @@ def attention_bwd(
         causal, left, right, scale, softcap, precision: the forward's.
     """
     require_dtype("attention_bwd", q)
+    dout, q, k, v, out = (near(t) for t in (dout, q, k, v, out))
     (batch, heads, queries, d), shared, keys, dv = q.shape, k.shape[1], k.shape[2], v.shape[3]
     grads = tuple(like_rows(t, t.shape[3]) for t in (q, k, v))
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
@@ -176,7 +182,8 @@ def attention_bwd(
     size = (batch, heads, queries, keys)
     vectors = (mask, bias, key_lengths, key_padding, q_ids, k_ids, prefix)
     masks = mask_arguments(size, *vectors, tiles, (causal, left, right))
-    tile = bwd_tiles(queries, max(d, dv), q.element_size(), device_facts(q))
+    heavy = is_heavy(masks.flags, softcap)
+    tile = bwd_tiles(queries, max(d, dv), q.element_size(), heavy, device_facts(q))
     dq_programs = cdiv(queries, tile.block_m) * batch * heads
     with device_guard(q):
         _attention_bwd_kernel[(dq_programs + cdiv(keys, tile.block_n) * batch * shared,)](

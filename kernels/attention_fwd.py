@@ -19,9 +19,11 @@ from ._attention_tiles import (
     band_blocks,
     fwd_tiles,
     head_block,
+    is_heavy,
     like_rows,
     load_rows,
     mask_arguments,
+    near,
     precision_name,
     seen_rows,
     tile_bias,
@@ -33,31 +35,36 @@ from ._launch import cdiv, device_facts, device_guard, require_dtype
 
 @triton.jit
 def _fwd_tiles(
-    acc, top, total, q, offs_m, offs_d, offs_dv, first, last, list_ptr, k_ptr, v_ptr, bias_ptr, words_ptr, lengths_ptr,
-    padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, b, Sq, Sk, D, DV, stride_kn, stride_kd, stride_vn, stride_vd,
+    acc, top, total, q, start_m, offs_m, offs_d, offs_dv, first, last, jump_at, jump, list_ptr, k_ptr, v_ptr, bias_ptr,
+    words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, b, Sq, Sk, D, DV, stride_kn, stride_kd,
+    stride_vn, stride_vd,
     stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, MASKED: tl.constexpr, BAND: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WORDS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds blocks first..last of keys to the running (sum of p v, maximum, sum of p); scores in units of log2."""
-    for block in range(first, last):
+    """Adds blocks first..last of keys to the running (sum of p v, maximum, sum of p); scores in units of log2.
+
+    From ``jump_at`` on blocks are ``jump`` further: so the masked blocks on both sides of a band are one loop.
+    """
+    for step in range(first, last):
+        block = step + tl.where(step >= jump_at, jump, 0)
         if HAS_MAP:
             start = (tl.load(list_ptr + block // SPLIT) // 2 * SPLIT + block % SPLIT) * BLOCK_N
         else:
             start = block * BLOCK_N
         offs_n = start + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, offs_n, offs_d, Sk, D, stride_kn, stride_kd)
-        v = load_rows(v_ptr, offs_n, offs_dv, Sk, DV, stride_vn, stride_vd)
+        k = load_rows(k_ptr, start, offs_n, offs_d, Sk, D, stride_kn, stride_kd)
+        v = load_rows(v_ptr, start, offs_n, offs_dv, Sk, DV, stride_vn, stride_vd)
         s, _ = tile_scores(q, tl.trans(k), scale, softcap, HAS_SOFTCAP, PRECISION)
         if HAS_BIAS:
-            bias = tile_bias(bias_ptr, offs_m, offs_n, Sq, Sk, stride_bm, stride_bn)
+            bias = tile_bias(bias_ptr, start_m, start, offs_m, offs_n, Sq, Sk, stride_bm, stride_bn)
             s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
         s = s * 1.4426950408889634
         if MASKED:
             ok = tile_mask(
-                offs_m, offs_n, b, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, Sq, Sk,
-                stride_wm, low, high, below, BAND, HAS_WORDS, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX,
+                start_m, offs_m, offs_n, b, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, Sq,
+                Sk, stride_wm, low, high, below, BAND, HAS_WORDS, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX,
             )  # fmt: skip
             s = tl.where(ok, s, float("-inf"))
             v = seen_rows(v, ok, 0)
@@ -87,7 +94,8 @@ def _attention_fwd_kernel(
     pid_m = tl.num_programs(0) - 1 - tl.program_id(0)
     b = (tl.program_id(1) // H).to(tl.int64)
     h = (tl.program_id(1) % H).to(tl.int64)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_m = pid_m * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     k_ptr += b * stride_kb + h // GROUP * stride_kh
@@ -96,7 +104,7 @@ def _attention_fwd_kernel(
         bias_ptr += b * stride_bb + h * stride_bh
     if HAS_WORDS:
         words_ptr += b * stride_wb + h * stride_wh
-    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, Sq, D, stride_qm, stride_qd)
+    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, offs_d, Sq, D, stride_qm, stride_qd)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -110,15 +118,15 @@ def _attention_fwd_kernel(
         end = rest
     else:
         begin, full, rest, end = band_blocks(pid_m * BLOCK_M, BLOCK_M, Sk, low, tl.minimum(high, below), BLOCK_N)
-    for part in tl.static_range(3):
-        first = begin if part == 0 else (full if part == 1 else rest)
-        last = full if part == 0 else (rest if part == 1 else end)
+    for part in tl.static_range(2):
+        first = begin if part == 0 else full
+        last = end - (rest - full) if part == 0 else rest
         acc, top, total = _fwd_tiles(
-            acc, top, total, q, offs_m, offs_d, offs_dv, first, last, list_ptr, k_ptr, v_ptr, bias_ptr, words_ptr,
-            lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, b, Sq, Sk, D, DV, stride_kn, stride_kd,
-            stride_vn, stride_vd, stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, part != 1, BAND,
-            HAS_BIAS, HAS_WORDS, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX, HAS_MAP, HAS_SOFTCAP, PRECISION, SPLIT,
-            BLOCK_N,
+            acc, top, total, q, start_m, offs_m, offs_d, offs_dv, first, last, full, 0 if part else rest - full,
+            list_ptr, k_ptr, v_ptr, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, b,
+            Sq, Sk, D, DV, stride_kn, stride_kd, stride_vn, stride_vd, stride_bm, stride_bn, stride_wm, low, high,
+            below, scale, softcap, part == 0, BAND, HAS_BIAS, HAS_WORDS, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX,
+            HAS_MAP, HAS_SOFTCAP, PRECISION, SPLIT, BLOCK_N,
         )  # fmt: skip
     mask_m = offs_m < Sq
     out = tl.where(total[:, None] > 0.0, acc / tl.where(total > 0.0, total, 1.0)[:, None], 0.0)
@@ -153,6 +161,7 @@ def attention_fwd(
         precision: of float32 products: 0 ieee, 1 tf32, 2 three tf32 products.
     """
     require_dtype("attention_fwd", q)
+    q, k, v = near(q), near(k), near(v)
     (batch, heads, queries, d), keys, dv = q.shape, k.shape[2], v.shape[3]
     out = like_rows(q, dv)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -162,7 +171,8 @@ def attention_fwd(
     masks = mask_arguments(
         (batch, heads, queries, keys), mask, bias, key_lengths, key_padding, q_ids, k_ids, prefix, tiles, band
     )
-    tile = fwd_tiles(queries, max(d, dv), q.element_size(), device_facts(q))
+    heavy = is_heavy(masks.flags, softcap)
+    tile = fwd_tiles(queries, max(d, dv), q.element_size(), heavy, device_facts(q))
     tile_heads = tiles[1].shape[1] if tiles else 1
     with device_guard(q):
         _attention_fwd_kernel[(cdiv(queries, tile.block_m), batch * heads)](

@@ -32,8 +32,8 @@ def _attention_map_classes_kernel(
     offs_m = pid_m * TILE_Q + tl.arange(0, TILE_Q)
     offs_n = pid_n * TILE_K + tl.arange(0, TILE_K)
     ok = tile_mask(
-        offs_m, offs_n, b, mask_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, Sq, Sk, 0, low, high,
-        below, BAND, False, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX,
+        0, offs_m, offs_n, b, mask_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, Sq, Sk, 0, low,
+        high, below, BAND, False, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX,
     )  # fmt: skip
     inside = (offs_m[:, None] < Sq) & (offs_n[None, :] < Sk)
     if HAS_MASK:
@@ -145,7 +145,8 @@ def aot_cases(arch: int) -> Iterator[Case]:
     """A dense mask with everything else and without; lists of short and long rows."""
     integers = (
         "Sq", "Sk", "NQ", "NK", "W", "heads", "mask_heads", "mask_rows", "shared_b", "shared_h", "shared_m",
-        "stride_mb", "stride_mh", "stride_mm", "stride_mn", "low", "high", "below", "rows", "n", "stride_row", "stride_entry",
+        "stride_mb", "stride_mh", "stride_mm", "stride_mn", "low", "high", "below", "rows", "n", "stride_row",
+        "stride_entry",
     )  # fmt: skip
     vectors = ("lengths_ptr", "q_ids_ptr", "k_ids_ptr", "prefix_ptr")
     types = dict.fromkeys(integers, "i32") | dict.fromkeys(vectors, "*i64")
