@@ -46,11 +46,12 @@ def types_of(dtype: str) -> dict[str, str]:
 def cases_of(
     kernel: Any, arch: int, choose: Callable[[int, int, int, bool, Device], Tiles], extra: dict[str, Any] | None = None
 ) -> Iterator[Case]:
-    """Head dimensions 64, 128 and 256 in bf16, 32 and 64 in fp32, this one by each precision; innermost strides of 1."""
+    """Head dimensions 64, 128 and 256 in bf16, 16 to 64 in fp32, each precision; innermost strides of 1."""
     for dtype, d, precision in (
         ("bf16", 64, "ieee"),
         ("bf16", 128, "ieee"),
         ("bf16", 256, "ieee"),
+        ("fp32", 16, "ieee"),
         ("fp32", 32, "ieee"),
         ("fp32", 64, "ieee"),
         ("fp32", 64, "tf32"),

@@ -216,8 +216,12 @@ def bwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) 
     block_m, block_n, num_warps = 32, 16, 8
     if itemsize == 2 and wide <= 128:
         block_m, block_n, num_warps = (32, 64, 4) if heavy else (64, 64, 8)
-    elif wide <= (256 if itemsize == 2 else 128):
+    elif itemsize == 2 and wide <= 256:
         block_n = 32
+    elif itemsize == 4 and wide <= 64:
+        block_n, num_warps = 64, 4 if heavy else 8
+    elif itemsize == 4 and wide <= 128:
+        block_n, num_warps = 16 if heavy else 32, 4
     while block_m > 16 and block_m >= 2 * queries:
         block_m //= 2
     return Tiles(block_m, block_n, num_warps, 1)

@@ -126,9 +126,8 @@ void attention_fwd_tiles(const AttentionFwd& f, void* memory, int64_t begin, int
   const int64_t blocks = f.call.q_tiles();
   for (int64_t block = begin; block < end; ++block) {
     const int64_t item = block / blocks;
-    PYDL_FLOAT_SWITCH(f.call.q.dtype,
-                      fwd_tile<T>(f, FwdScratch<compute_t<T>>(f.call, memory), item / f.call.heads,
-                                  item % f.call.heads, block % blocks));
+    PYDL_FLOAT_SWITCH(f.call.q.dtype, fwd_tile<T>(f, FwdScratch<compute_t<T>>(f.call, memory), item / f.call.heads,
+                                                  item % f.call.heads, block % blocks));
   }
 }
 

@@ -259,7 +259,8 @@ struct HostCall {
       return a.dim == 4 && a.sizes[0] == q.sizes[0] && a.sizes[1] == q.sizes[1] && a.sizes[2] == q.sizes[2] &&
              a.sizes[3] == columns && a.dtype == q.dtype;
     };
-    STD_TORCH_CHECK(like(dout, call.dv) && like(out, call.dv), op, ": dout and out must be [B, H, Sq, Dv] in q's dtype");
+    STD_TORCH_CHECK(like(dout, call.dv) && like(out, call.dv), op,
+                    ": dout and out must be [B, H, Sq, Dv] in q's dtype");
     auto rows = [&](const Array& a) {
       return a.dim == 3 && a.sizes[0] == q.sizes[0] && a.sizes[1] == q.sizes[1] && a.sizes[2] == q.sizes[2] &&
              a.dtype == host::compute_dtype(q.dtype);

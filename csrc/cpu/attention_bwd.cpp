@@ -121,12 +121,14 @@ namespace {
 
 constexpr int64_t kPieces = 8;  // of work at least, so that threads have some
 
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(
-    const Tensor& dout, const MaybeTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& bias, const MaybeTensor& key_lengths,
-    const MaybeTensor& key_padding, const MaybeTensor& q_ids, const MaybeTensor& k_ids, const MaybeTensor& prefix,
-    const std::vector<Tensor>& map, int64_t causal, int64_t left, int64_t right, double scale, double softcap,
-    int64_t) {
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const MaybeTensor& dlse, const Tensor& q,
+                                                 const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                 const MaybeTensor& mask, const MaybeTensor& bias,
+                                                 const MaybeTensor& key_lengths, const MaybeTensor& key_padding,
+                                                 const MaybeTensor& q_ids, const MaybeTensor& k_ids,
+                                                 const MaybeTensor& prefix, const std::vector<Tensor>& map,
+                                                 int64_t causal, int64_t left, int64_t right, double scale,
+                                                 double softcap, int64_t) {
   const char* const op = "attention_bwd";
   HostCall host(op, q, k, v, mask, bias, key_lengths, key_padding, q_ids, k_ids, prefix, map, causal, left, right,
                 scale, softcap);
@@ -140,18 +142,23 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
     const int64_t parts = std::clamp<int64_t>((kPieces + units - 1) / units, 1, std::max<int64_t>(blocks, 1));
     const int64_t row = padded_columns(a.d) + padded_columns(a.dv);
     const host::Scratch partial(units * parts * a.k_length * row * host::size_of(compute));
-    const AttentionBwd args{a,       parts,   partial.get(),
-                            dq.data, dk.data, dv.data,
-                            rows_of(Array(dq.tensor)), rows_of(Array(dk.tensor)), rows_of(Array(dv.tensor))};
+    const AttentionBwd args{a,
+                            parts,
+                            partial.get(),
+                            dq.data,
+                            dk.data,
+                            dv.data,
+                            rows_of(Array(dq.tensor)),
+                            rows_of(Array(dk.tensor)),
+                            rows_of(Array(dv.tensor))};
     const int64_t bytes = PYDL_CPU_DISPATCH(attention_bwd_scratch)(a) * host::size_of(compute);
     const int64_t work = (blocks / parts + 1) * kTileQ * (a.k_length + 1) * (a.d + a.dv);
     host::parallel(units * parts, work, [&](int64_t begin, int64_t end) {
       const host::Scratch memory(bytes);
       PYDL_CPU_DISPATCH(attention_bwd_parts)(args, memory.get(), begin, end);
     });
-    host::parallel(units * a.k_length, row * parts, [&](int64_t begin, int64_t end) {
-      PYDL_CPU_DISPATCH(attention_bwd_sums)(args, begin, end);
-    });
+    host::parallel(units * a.k_length, row * parts,
+                   [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(attention_bwd_sums)(args, begin, end); });
   }
   return {std::move(dq.tensor), std::move(dk.tensor), std::move(dv.tensor)};
 }

@@ -25,8 +25,8 @@ void attention_pack_rows(const AttentionPack& a, int64_t begin, int64_t end) {
   const int64_t words = ceil_div(a.keys, 32);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t item = row / a.rows;
-    const uint8_t* in = a.mask + item / a.heads * a.stride_batch + item % a.heads * a.stride_head +
-                        row % a.rows * a.stride_row;
+    const uint8_t* in =
+        a.mask + item / a.heads * a.stride_batch + item % a.heads * a.stride_head + row % a.rows * a.stride_row;
     for (int64_t w = 0; w < words; ++w) {
       const int64_t first = w * 32, n = smaller(32, a.keys - first);
       uint32_t word = 0;
@@ -102,8 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_map(
   STD_TORCH_CHECK(batch >= 0 && q_length >= 0 && k_length >= 0, op, ": sizes must not be negative");
   const HostMasks host(op, key_lengths, key_padding, q_ids, k_ids, prefix, batch, q_length, k_length, causal, left,
                        right);
-  const bool vectors =
-      key_lengths.has_value() || key_padding.has_value() || q_ids.has_value() || prefix.has_value();
+  const bool vectors = key_lengths.has_value() || key_padding.has_value() || q_ids.has_value() || prefix.has_value();
   STD_TORCH_CHECK(vectors || mask.has_value(), op, ": a mask or a vector must be given");
   AttentionClasses args{host.masks, 1, (q_length + kTileQ - 1) / kTileQ, (k_length + kTileK - 1) / kTileK, nullptr};
   int64_t items = batch;
@@ -118,8 +117,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_map(
     const AttentionRows s = rows_of(m);
     const int64_t shape[] = {m.sizes[0], m.sizes[1], m.sizes[2], (k_length + 31) / 32};
     words = host::empty(shape, 4, Dtype::kInt32);
-    const AttentionPack pack{static_cast<const uint8_t*>(m.data), shape[1], shape[2], k_length, s.batch, s.head, s.row,
-                             s.column, static_cast<int32_t*>(words.data)};
+    const AttentionPack pack{
+        static_cast<const uint8_t*>(m.data), shape[1], shape[2], k_length, s.batch, s.head, s.row, s.column,
+        static_cast<int32_t*>(words.data)};
     host::parallel(shape[0] * shape[1] * shape[2], k_length,
                    [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(attention_pack_rows)(pack, begin, end); });
     const AttentionRows w = rows_of(Array(words.tensor));
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_map(
              static_cast<int32_t*>(q_list.data));
   list_tiles(args.classes, outer, nk, nq, 1, nk, static_cast<int32_t*>(k_count.data),
              static_cast<int32_t*>(k_list.data));
-  return {std::move(words.tensor),   std::move(classes.tensor), std::move(q_count.tensor),
+  return {std::move(words.tensor),  std::move(classes.tensor), std::move(q_count.tensor),
           std::move(q_list.tensor), std::move(k_count.tensor), std::move(k_list.tensor)};
 }
 

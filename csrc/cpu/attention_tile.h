@@ -204,8 +204,8 @@ inline Vec<C> exp_of(Vec<C> x) {
 // The tiles that a block of queries sees, by the map or by the band alone.
 struct TileRange {
   const int32_t* list;
-  int64_t count, partial;      // of a list
-  int64_t begin, full, rest;   // of a band: [begin, full) and [rest, count) are partial
+  int64_t count, partial;     // of a list
+  int64_t begin, full, rest;  // of a band: [begin, full) and [rest, count) are partial
 
   struct Tile {
     int64_t index;
