@@ -200,28 +200,34 @@ def fwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) 
     wide = head_block(d) * itemsize
     hopper = device.arch in (90, 100)
     if itemsize == 2:
-        block_m = 128 if wide <= (256 if hopper else 128) else 64
+        block_m = 128 if wide <= (256 if hopper else 64 if heavy else 128) else 64
         block_n = 32 if wide > 256 or (wide == 256 and hopper and heavy) else 64
     else:
         block_m, block_n = (64, 32) if wide <= 512 else (32, 32)
     while block_m > 16 and block_m >= 2 * queries:
         block_m //= 2
-    return Tiles(block_m, block_n, 8 if block_m >= 64 else 4, 3 if wide <= 128 and hopper else 2)
+    stages = 3 if wide <= 128 and hopper else 1 if itemsize == 4 and heavy else 2
+    return Tiles(block_m, block_n, 8 if block_m >= 64 else 4, stages)
 
 
 @functools.lru_cache(maxsize=1024)
 def bwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) -> Tiles:
     """Tile of the backward, whose programs hold two sums and recompute the scores: the largest that do not spill."""
     wide = head_block(d) * itemsize
+    hopper = device.arch in (90, 100)
     block_m, block_n, num_warps = 32, 16, 8
-    if itemsize == 2 and wide <= 128:
+    if itemsize == 2 and wide <= 128 and hopper:
         block_m, block_n, num_warps = (32, 64, 4) if heavy else (64, 64, 8)
+    elif itemsize == 2 and wide <= 128:
+        block_n, num_warps = 32, 4
     elif itemsize == 2 and wide <= 256:
         block_n = 32
     elif itemsize == 4 and wide <= 64:
         block_n, num_warps = 64, 4 if heavy else 8
     elif itemsize == 4 and wide <= 128:
         block_n, num_warps = 16 if heavy else 32, 4
+    elif itemsize == 4 and not hopper:
+        block_m = 16
     while block_m > 16 and block_m >= 2 * queries:
         block_m //= 2
     return Tiles(block_m, block_n, num_warps, 1)
