@@ -143,6 +143,18 @@ def test_a_map_of_other_masks_is_refused():
     assert isinstance(shared, AttentionMap)
 
 
+@pytest.mark.parametrize("backend", backends_for("attention", torch.float32, without=TORCH))
+def test_lengths_beyond_either_end_count_as_the_end(backend):
+    q, k, v = tensors(2, 1, 1, 5, 7, 4, 4, device=backend.device)
+
+    def run(lengths, prefixes):
+        given = {"key_lengths": torch.tensor(lengths), "prefix_length": torch.tensor(prefixes)}
+        return backend(q, k, v, causal="bottom_right", **{name: t.to(q.device) for name, t in given.items()})
+
+    far = 2**63 - 1
+    assert_same_bits(run([-far, far], [far, -far]), run([0, 7], [7, 0]))
+
+
 # parts of the keys
 
 

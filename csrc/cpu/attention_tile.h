@@ -20,7 +20,8 @@ inline uint64_t bit_range(int64_t from, int64_t to) {
 inline void allowed_words(const AttentionMasks& m, int64_t b, int64_t h, int64_t i0, int64_t queries, int64_t j0,
                           uint64_t* out) {
   const int64_t keys = smaller(kTileK, m.k_length - j0);
-  uint64_t shared = bit_range(0, m.key_lengths != nullptr ? smaller(keys, m.key_lengths[b] - j0) : keys);
+  auto inside = [&](int64_t length) { return smaller(larger(length, 0), m.k_length) - j0; };
+  uint64_t shared = bit_range(0, m.key_lengths != nullptr ? inside(m.key_lengths[b]) : keys);
   if (m.key_padding != nullptr) {
     const uint8_t* padding = m.key_padding + b * m.k_length + j0;
     uint64_t word = 0;
@@ -29,7 +30,7 @@ inline void allowed_words(const AttentionMasks& m, int64_t b, int64_t h, int64_t
   }
   for (int64_t i = 0; i < queries; ++i) out[i] = shared;
   if (m.band) {
-    const int64_t before = m.prefix != nullptr ? m.prefix[b] - j0 : -1;
+    const int64_t before = m.prefix != nullptr ? inside(m.prefix[b]) : -1;
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t own = i0 + i - j0;
       out[i] &= bit_range(own + m.low, own + m.high + 1) & (bit_range(0, own + m.below + 1) | bit_range(0, before));
