@@ -30,7 +30,14 @@ _FASTER, _TWICE = {"cuda fwd": {"ratio_to_torch": 1.0}}, {"cuda full": {"ratio_t
 _CALL = "a mask given as a tensor is packed and mapped by an operator of its own first: two operators in a call"
 
 CASES = [
-    Case("window-256-S2048", _shape(1, 8, 2048, 64, "window"), _BOTH, _MODES, {"cpu fwd": {"ratio_to_torch": 2.2}}),
+    Case(
+        "window-256-S2048",
+        _shape(1, 8, 2048, 64, "window"),
+        _BOTH,
+        _MODES,
+        {"cpu fwd": {"ratio_to_torch": 2.2}},
+        panel=True,
+    ),
     Case("segments-512-S2048", _shape(1, 8, 2048, 64, "segments"), _BOTH, _MODES, {"cpu fwd": {"ratio_to_torch": 3.3}}),
     Case("half-at-random-S1024", _shape(1, 8, 1024, 64, "random"), _BOTH, _MODES),
     Case("bias-S1024", _shape(1, 8, 1024, 64, "bias"), _BOTH, _MODES),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import types
 import unittest
@@ -12,15 +13,21 @@ from typing import Any
 import torch
 
 
-@functools.cache
-def _infos() -> dict[str, Any]:
+def internal(name: str) -> types.ModuleType:
+    """A module of torch.testing._internal, without what importing it does to the rest of the process."""
     if "expecttest" not in sys.modules:  # torch's tests want it for a base class; nothing here does
         stub = types.ModuleType("expecttest")
         stub.TestCase = unittest.TestCase  # type: ignore[attr-defined]
         sys.modules["expecttest"] = stub
-    from torch.testing._internal.common_methods_invocations import op_db
+    module = importlib.import_module(f"torch.testing._internal.{name}")
+    # it forbids torch.backends.cudnn.benchmark = ... and the like from then on
+    torch.backends.__allow_nonbracketed_mutation_flag = True
+    return module
 
-    return {info.name: info for info in op_db if not info.variant_test_name}
+
+@functools.cache
+def _infos() -> dict[str, Any]:
+    return {i.name: i for i in internal("common_methods_invocations").op_db if not i.variant_test_name}
 
 
 def samples(name: str, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
-import unittest
 from dataclasses import replace
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from _backends import available, backends_for
 from _checks import check_autocast, check_compile, check_opcheck
+from _opinfo import internal
 
 import pydl
 from pydl import ops
@@ -33,16 +30,8 @@ def buffers(channels, **kind):
 
 @pytest.fixture(scope="module")
 def torch_databases():
-    """torch's op_db and module_db, whose base class of tests comes from a package that is not always there."""
-    base = types.SimpleNamespace(TestCase=unittest.TestCase)
-    before = sys.modules.setdefault("expecttest", base)
-    try:
-        ops_ = importlib.import_module("torch.testing._internal.common_methods_invocations")
-        modules = importlib.import_module("torch.testing._internal.common_modules")
-    finally:
-        if before is base:
-            del sys.modules["expecttest"]
-    return ops_.op_db, modules.module_db
+    """torch's op_db and module_db."""
+    return internal("common_methods_invocations").op_db, internal("common_modules").module_db
 
 
 @pytest.mark.slow

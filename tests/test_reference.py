@@ -22,6 +22,8 @@ CASES = [
     for case in spec.cases()
 ]
 # where the oracle is finite and torch's gradient is not, because of a difference of two infinities
+# x ** inf is 0 or infinite: neither has a gradient, and what torch's own chain gives for it means nothing
+NO_GRADIENT = {(f"lp_pool{n}d", "infinity") for n in (1, 2, 3)}
 TORCH_IS_NAN = {("ctc_loss", "impossible class"), ("ctc_loss_from_logits", "impossible class")}
 
 
@@ -30,6 +32,9 @@ def run_torch(spec, case):
     tensors = [t.requires_grad_() for t, varies in zip(every, spec.varies(case), strict=True) if varies]
     args, kwargs = case.replace(every)
     return tensors, torch_function(spec)(*args, **kwargs)
+
+
+GRADED = [p for p in CASES if p.values[0].gradient and (p.values[0].name, p.values[1].name) not in NO_GRADIENT]
 
 
 @pytest.mark.parametrize(("spec", "case"), CASES)
@@ -42,7 +47,7 @@ def test_values_equal_torch_in_float64(spec, case):
         np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-11, atol=1e-11, equal_nan=True)
 
 
-@pytest.mark.parametrize(("spec", "case"), [p for p in CASES if p.values[0].gradient])
+@pytest.mark.parametrize(("spec", "case"), GRADED)
 def test_gradients_equal_torch_in_float64(spec, case):
     tensors, out = run_torch(spec, case)
     out = out[0] if isinstance(out, tuple) else out
