@@ -21,7 +21,7 @@ def internal(name: str) -> types.ModuleType:
         sys.modules["expecttest"] = stub
     module = importlib.import_module(f"torch.testing._internal.{name}")
     # it forbids torch.backends.cudnn.benchmark = ... and the like from then on
-    torch.backends.__allow_nonbracketed_mutation_flag = True
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
     return module
 
 

@@ -222,3 +222,11 @@ def test_functions_of_kernels_and_ops_stay_short():
             body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
             length = node.end_lineno - body[0].lineno + 1 if body else 0
             assert length < (100 if jitted else 60), f"{path.relative_to(ROOT)}: {node.name} has {length} lines"
+
+
+def test_torch_s_own_tests_leave_the_process_as_it_was():
+    import torch
+    from _opinfo import internal
+
+    internal("common_methods_invocations")
+    assert not torch.backends.flags_frozen()
