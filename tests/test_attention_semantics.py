@@ -323,3 +323,16 @@ def test_compile(backend):
             lambda q, k, v: ops.attention(q, k, v, causal="bottom_right", window=(20, None)),
             [tensors(1, 2, 1, n, n + 3, 8, 8, device=backend.device) for n in (33, 40)],
         )
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "expected"), [((16, 16), 2, "torch"), ((128, 128), 64, "torch"), ((1, 2048), 64, "cpu")]
+)
+def test_small_masked_calls_on_the_cpu_are_torchs(size: tuple[int, int], heads: int, expected: str) -> None:
+    q, k, mask = torch.zeros(1, heads, size[0], 64), torch.zeros(1, heads, size[1], 64), torch.ones(size).bool()
+    with pydl.trace() as seen:
+        ops.scaled_dot_product_attention(q, k, k, mask)
+        ops.scaled_dot_product_attention(q, k, k, torch.zeros(size, requires_grad=True))  # torch composes its gradient
+        with pydl.backend("cpu"):
+            ops.scaled_dot_product_attention(q, k, k, mask)
+    assert [r.backend for r in seen] == [expected, "cpu", "cpu"]

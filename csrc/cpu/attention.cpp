@@ -30,9 +30,9 @@ struct FwdScratch {
 // Scores become probabilities relative to the new maximum `top`; `keep` is what earlier sums are worth then. Returns
 // whether any of them changes.
 template <class C>
-bool softmax_tile(C* s, int64_t keys, const TileMask<C>* mask, C* top, C* total, C* keep) {
+bool softmax_tile(C* s, int64_t keys, int64_t lanes, const TileMask<C>* mask, C* top, C* total, C* keep) {
   bool changed = false;
-  for (int64_t i = 0; i < kTileQ; i += kLanes<C>) {
+  for (int64_t i = 0; i < lanes; i += kLanes<C>) {
     const Vec<C> least = splat(-kInfinity<C>), before = load(top + i);
     Vec<C> maxima[2] = {before, before};
     for (int64_t j = 0; j < keys; ++j) {
@@ -65,9 +65,9 @@ void fwd_tile(const AttentionFwd& f, const FwdScratch<compute_t<T>>& scratch, in
   using C = compute_t<T>;
   const AttentionCall& a = f.call;
   const int64_t i0 = q_tile * kTileQ, queries = smaller(kTileQ, a.q_length - i0), shared = h / a.group;
-  const int64_t dp = padded_columns(a.d), dvp = padded_columns(a.dv);
+  const int64_t dp = padded_columns(a.d), dvp = padded_columns(a.dv), lanes = lanes_of<C>(queries);
   copy_rows<T>(a.q, b, h, i0, queries, a.d, dp, scratch.sums);
-  transpose_rows(scratch.sums, dp, queries, a.d, C(a.scale), scratch.qt);
+  arrange_queries(scratch.sums, dp, queries, a.d, C(a.scale), scratch.qt);
   alignas(64) C top[kTileQ], total[kTileQ], keep[kTileQ];
   for (int64_t i = 0; i < kTileQ; ++i) {
     top[i] = -kInfinity<C>;
@@ -80,9 +80,9 @@ void fwd_tile(const AttentionFwd& f, const FwdScratch<compute_t<T>>& scratch, in
     const auto [tile, masked] = tiles[t];
     const int64_t j0 = tile * kTileK, keys = smaller(kTileK, a.k_length - j0);
     if (masked) mask.set(a.masks, b, h, i0, queries, j0);
-    const Operand<C> k = operand<T>(a.k, b, shared, j0, keys, a.d, false, 0, scratch.k);
+    const Operand<C> k = operand<T>(a.k, b, shared, j0, keys, a.d, few(queries), 0, scratch.k);
     tile_scores<C>(a, b, h, i0, queries, j0, keys, k, scratch.qt, scratch.scores, nullptr);
-    const bool changed = softmax_tile(scratch.scores, keys, masked ? &mask : nullptr, top, total, keep);
+    const bool changed = softmax_tile(scratch.scores, keys, lanes, masked ? &mask : nullptr, top, total, keep);
     if (started && changed) {
       for (int64_t i = 0; i < queries; ++i) {
         C* row = scratch.sums + i * dvp;
@@ -121,13 +121,13 @@ int64_t attention_fwd_scratch(const AttentionCall& a) {
   return dp * kTileQ + kTileK * (kTileQ + dp + dvp) + kTileQ * larger(dp, dvp);
 }
 
-// Blocks of queries [begin, end) of all batch items and heads.
+// Blocks of queries [begin, end) of all batch items and heads; batch items, whose lengths differ, take turns.
 void attention_fwd_tiles(const AttentionFwd& f, void* memory, int64_t begin, int64_t end) {
   const int64_t blocks = f.call.q_tiles();
   for (int64_t block = begin; block < end; ++block) {
     const int64_t item = block / blocks;
-    PYDL_FLOAT_SWITCH(f.call.q.dtype, fwd_tile<T>(f, FwdScratch<compute_t<T>>(f.call, memory), item / f.call.heads,
-                                                  item % f.call.heads, block % blocks));
+    PYDL_FLOAT_SWITCH(f.call.q.dtype, fwd_tile<T>(f, FwdScratch<compute_t<T>>(f.call, memory), item % f.call.batch,
+                                                  item / f.call.batch, block % blocks));
   }
 }
 
@@ -135,6 +135,8 @@ void attention_fwd_tiles(const AttentionFwd& f, void* memory, int64_t begin, int
 }  // namespace pydl
 
 #if PYDL_ISA_LEVEL == 0
+
+#include <algorithm>
 
 namespace pydl {
 
@@ -157,7 +159,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   const AttentionRows rows = rows_of(Array(out.tensor));
   const AttentionFwd args{a, out.data, lse.data, rows.batch, rows.head, rows.row};
   const int64_t bytes = PYDL_CPU_DISPATCH(attention_fwd_scratch)(a) * host::size_of(host::compute_dtype(host.q.dtype));
-  const int64_t work = kTileQ * (a.k_length + 1) * (a.d + a.dv);
+  const int64_t work = std::min(kTileQ, a.q_length) * (a.k_length + 1) * (a.d + a.dv);
   host::parallel(a.batch * a.heads * a.q_tiles(), work, [&](int64_t begin, int64_t end) {
     const host::Scratch memory(bytes);
     PYDL_CPU_DISPATCH(attention_fwd_tiles)(args, memory.get(), begin, end);

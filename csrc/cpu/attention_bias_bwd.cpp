@@ -19,14 +19,16 @@ namespace {
 
 // Adds a tile [key][query] to the sums: [column][query] where the bias has rows, else [column][lane].
 template <class C>
-void add_tile(const AttentionBiasBwd& f, const C* ds, int64_t keys, int64_t column, C* sums) {
+void add_tile(const AttentionBiasBwd& f, const C* ds, int64_t keys, int64_t lanes, int64_t column, C* sums) {
   constexpr int L = kLanes<C>;
   const bool rows = f.rows > 1, columns = f.columns > 1;
   auto add = [](C* to, Vec<C> value) { store(to, load(to) + value); };
   if (rows && columns) {
-    for (int64_t i = 0; i < keys * kTileQ; i += L) add(sums + column * kTileQ + i, load(ds + i));
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t i = j * kTileQ; i < j * kTileQ + lanes; i += L) add(sums + column * kTileQ + i, load(ds + i));
+    }
   } else if (rows) {
-    for (int64_t i = 0; i < kTileQ; i += L) {
+    for (int64_t i = 0; i < lanes; i += L) {
       Vec<C> total = {};
       for (int64_t j = 0; j < keys; ++j) total += load(ds + j * kTileQ + i);
       add(sums + i, total);
@@ -35,7 +37,7 @@ void add_tile(const AttentionBiasBwd& f, const C* ds, int64_t keys, int64_t colu
     Vec<C> all = {};
     for (int64_t j = 0; j < keys; ++j) {
       Vec<C> total = {};
-      for (int64_t i = 0; i < kTileQ; i += L) total += load(ds + j * kTileQ + i);
+      for (int64_t i = 0; i < lanes; i += L) total += load(ds + j * kTileQ + i);
       if (columns) {
         add(sums + (column + j) * L, total);
       } else {
@@ -60,10 +62,10 @@ void sum_block(const AttentionBiasBwd& f, const BwdScratch<compute_t<T>>& s, int
     if (tile < first_tile || tile >= first_tile + f.column_tiles) continue;
     const int64_t j0 = tile * kTileK, keys = smaller(kTileK, a.k_length - j0);
     if (masked) mask.set(a.masks, b, h, i0, queries, j0);
-    const Operand<C> k = operand<T>(a.k, b, shared, j0, keys, a.d, false, 0, s.k);
-    const Operand<C> v = operand<T>(a.v, b, shared, j0, keys, a.dv, false, 0, s.v);
+    const Operand<C> k = operand<T>(a.k, b, shared, j0, keys, a.d, few(queries), 0, s.k);
+    const Operand<C> v = operand<T>(a.v, b, shared, j0, keys, a.dv, few(queries), 0, s.v);
     gradient_tile<C>(a, s, k, v, masked ? &mask : nullptr, b, h, i0, queries, j0, keys);
-    add_tile(f, s.ds, keys, j0 - first_tile * kTileK, sums);
+    add_tile(f, s.ds, keys, lanes_of<C>(queries), j0 - first_tile * kTileK, sums);
   }
 }
 

@@ -24,6 +24,7 @@ void bwd_block(const AttentionBwd& f, const BwdScratch<compute_t<T>>& s, int64_t
   const AttentionCall& a = f.call;
   const int64_t i0 = q_tile * kTileQ, queries = smaller(kTileQ, a.q_length - i0), shared = h / a.group;
   const int64_t dp = padded_columns(a.d), dvp = padded_columns(a.dv), row = dp + dvp;
+  const int64_t lanes = lanes_of<C>(queries);
   load_queries<T>(a, s, b, h, i0, queries);
   TileMask<C> mask;
   const TileRange tiles = tiles_of(a, b, h, q_tile);
@@ -33,12 +34,14 @@ void bwd_block(const AttentionBwd& f, const BwdScratch<compute_t<T>>& s, int64_t
     if (masked) mask.set(a.masks, b, h, i0, queries, j0);
     const uint64_t skip = masked ? mask.unseen & bit_range(0, keys) : 0;
     const Operand<C> k = operand<T>(a.k, b, shared, j0, keys, a.d, true, skip, s.k);
-    const Operand<C> v = operand<T>(a.v, b, shared, j0, keys, a.dv, false, 0, s.v);
+    const Operand<C> v = operand<T>(a.v, b, shared, j0, keys, a.dv, few(queries), 0, s.v);
     gradient_tile<C>(a, s, k, v, masked ? &mask : nullptr, b, h, i0, queries, j0, keys);
     if (a.softcap != 0) {
-      for (int64_t i = 0; i < keys * kTileQ; i += kLanes<C>) {
-        const Vec<C> ds = load(s.ds + i);
-        store(s.ds + i, select<C>(equal((IntVec<C>)ds, IntVec<C>{}), ds, ds * load(s.slope + i)));
+      for (int64_t j = 0; j < keys; ++j) {
+        for (int64_t i = j * kTileQ; i < j * kTileQ + lanes; i += kLanes<C>) {
+          const Vec<C> ds = load(s.ds + i);
+          store(s.ds + i, select<C>(equal((IntVec<C>)ds, IntVec<C>{}), ds, ds * load(s.slope + i)));
+        }
       }
     }
     gemm<C>({s.p, kTileQ, 1, s.dout, dvp, dv + j0 * row, row, queries, true}, keys, dvp);

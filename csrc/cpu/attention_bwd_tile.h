@@ -65,8 +65,8 @@ void load_queries(const AttentionCall& a, const BwdScratch<compute_t<T>>& s, int
     s.lse[i] = sees ? lse[i] : kInfinity<C>;
     s.delta[i] = delta;
   }
-  transpose_rows(s.q, dp, queries, a.d, C(a.scale), s.qt);
-  transpose_rows(s.dout, dvp, queries, a.dv, C(1), s.dot);
+  arrange_queries(s.q, dp, queries, a.d, C(a.scale), s.qt);
+  arrange_queries(s.dout, dvp, queries, a.dv, C(1), s.dot);
 }
 
 // p[key][query], and in ds the gradient of the scores with their bias; both are 0 where masked.
@@ -75,8 +75,8 @@ void gradient_tile(const AttentionCall& a, const BwdScratch<C>& s, const Operand
                    const TileMask<C>* mask, int64_t b, int64_t h, int64_t i0, int64_t queries, int64_t j0,
                    int64_t keys) {
   tile_scores<C>(a, b, h, i0, queries, j0, keys, k, s.qt, s.p, a.softcap != 0 ? s.slope : nullptr);
-  gemm<C>({v.data, v.row, v.column, s.dot, kTileQ, s.ds, kTileQ, a.dv, false}, keys, kTileQ);
-  for (int64_t i = 0; i < kTileQ; i += kLanes<C>) {
+  row_products<C>(v, keys, s.dot, queries, a.dv, s.ds);
+  for (int64_t i = 0; i < lanes_of<C>(queries); i += kLanes<C>) {
     const Vec<C> lse = load(s.lse + i), delta = load(s.delta + i), least = splat(-kInfinity<C>);
     for (int64_t j = 0; j < keys; ++j) {
       const int64_t at = j * kTileQ + i;

@@ -98,18 +98,53 @@ Operand<compute_t<T>> operand(const AttentionRows& t, int64_t b, int64_t h, int6
   return {buffer, stride, 1};
 }
 
-// out[d][kTileQ] = factor * rows, transposed; queries past n are 0.
+// Lanes that a block of queries takes: whole vectors, of the kTileQ that there is room for.
 template <class C>
-void transpose_rows(const C* rows, int64_t stride, int64_t n, int64_t d, C factor, C* out) {
+inline int64_t lanes_of(int64_t queries) {
+  return ceil_div(queries, kLanes<C>) * kLanes<C>;
+}
+
+// Whether queries are so few that their products with keys are taken one by one, along rows instead of in lanes.
+inline bool few(int64_t queries) { return queries <= 2; }
+
+// Queries as row_products reads them: out[d][kTileQ] = factor * rows, transposed, lanes past n are 0; or, of few,
+// out[n][stride].
+template <class C>
+void arrange_queries(const C* rows, int64_t stride, int64_t n, int64_t d, C factor, C* out) {
+  if (few(n)) {
+    for (int64_t i = 0; i < n * stride; i += kLanes<C>) store(out + i, load(rows + i) * factor);
+    return;
+  }
   constexpr int64_t block = 16;  // so that what is written stays in the first cache
+  const int64_t lanes = lanes_of<C>(n);
   for (int64_t c0 = 0; c0 < d; c0 += block) {
     const int64_t c1 = smaller(c0 + block, d);
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t c = c0; c < c1; ++c) out[c * kTileQ + i] = rows[i * stride + c] * factor;
     }
     for (int64_t c = c0; c < c1; ++c) {
-      for (int64_t i = n; i < kTileQ; ++i) out[c * kTileQ + i] = 0;
+      for (int64_t i = n; i < lanes; ++i) out[c * kTileQ + i] = 0;
     }
+  }
+}
+
+// out[key][query] = key . query over d columns; the rows of few are whole vectors.
+template <class C>
+void row_products(const Operand<C>& keys, int64_t n, const C* queries, int64_t count, int64_t d, C* out) {
+  if (!few(count)) {
+    gemm<C>({keys.data, keys.row, keys.column, queries, kTileQ, out, kTileQ, d, false}, n, lanes_of<C>(count));
+    return;
+  }
+  const int64_t dp = padded_columns(d), columns = ceil_div(d, kLanes<C>) * kLanes<C>;
+  for (int64_t j = 0; j < n; ++j) {
+    const C* key = keys.data + j * keys.row;
+    Vec<C> lanes = {};
+    for (int64_t i = 0; i < count; ++i) {
+      Vec<C> sums = {};
+      for (int64_t c = 0; c < columns; c += kLanes<C>) sums += load(key + c) * load(queries + i * dp + c);
+      lanes[i] = sum(sums);
+    }
+    store(out + j * kTileQ, lanes);
   }
 }
 
@@ -129,7 +164,7 @@ struct TileMask {
   void set(const AttentionMasks& m, int64_t b, int64_t h, int64_t i0, int64_t queries, int64_t j0) {
     uint64_t rows[kTileQ], seen = 0;
     allowed_words(m, b, h, i0, queries, j0, rows);
-    for (int64_t i = 0; i < kTileQ; ++i) {
+    for (int64_t i = 0, lanes = lanes_of<C>(queries); i < lanes; ++i) {
       const uint64_t row = i < queries ? rows[i] : 0;
       seen |= row;
       if constexpr (sizeof(C) == 4) {
@@ -170,13 +205,16 @@ inline VecD tanh(VecD x) {
 template <class C>
 void tile_scores(const AttentionCall& a, int64_t b, int64_t h, int64_t i0, int64_t queries, int64_t j0, int64_t keys,
                  const Operand<C>& k, const C* qt, C* s, C* slope) {
-  gemm<C>({k.data, k.row, k.column, qt, kTileQ, s, kTileQ, a.d, false}, keys, kTileQ);
+  row_products<C>(k, keys, qt, queries, a.d, s);
   if (a.softcap != 0) {
     const Vec<C> cap = splat(C(a.softcap)), inverse = splat(C(1 / a.softcap));
-    for (int64_t i = 0; i < keys * kTileQ; i += kLanes<C>) {
-      const Vec<C> t = tanh(load(s + i) * inverse);
-      store(s + i, t * cap);
-      if (slope != nullptr) store(slope + i, C(1) - t * t);
+    const int64_t lanes = lanes_of<C>(queries);
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t i = j * kTileQ; i < j * kTileQ + lanes; i += kLanes<C>) {
+        const Vec<C> t = tanh(load(s + i) * inverse);
+        store(s + i, t * cap);
+        if (slope != nullptr) store(slope + i, C(1) - t * t);
+      }
     }
   }
   if (a.bias.data == nullptr) return;
