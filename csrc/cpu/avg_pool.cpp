@@ -3,7 +3,8 @@
 // its divisor as it is read; each element is written by one thread, once.
 //
 // Along the width, strides 1 and 2 are vectorised over the written columns: a row of sums is padded with zeros and, for
-// stride 2, one of the two sides is split into even and odd positions. Other windows are added up one by one.
+// stride 2, one of the two sides is split into even and odd positions. Other windows are added up one by one. In the
+// backward, neighbours that depend on the same outputs are one run, and a row like the one above it is a copy.
 
 #include "cpu/avg_pool.h"
 
@@ -14,6 +15,12 @@ namespace {
 
 inline constexpr int64_t kSlack = 64;  // elements by which loads and stores run over, and a margin for the shifts
 
+// Written columns from `first` up to the next run's, and the columns that all of them depend on.
+struct MeanRun {
+  int64_t first;
+  Span<int64_t> sources;
+};
+
 // How the columns are added up, and the buffers behind a tile, in elements.
 struct MeanTile {
   bool vector;    // windows of stride 1 or 2 over neighbouring columns
@@ -22,9 +29,12 @@ struct MeanTile {
   int64_t pitch;  // columns read for tile_cols
   int64_t phase;  // one half of the padded row
   int64_t cols;   // columns written
+  int64_t lines;  // rows read or written, the more of the two
 
-  int64_t elements() const { return (planes ? rows * pitch : 0) + rows + pitch + 2 * phase + 2 * cols; }
-  int64_t bytes(int64_t element) const { return elements() * element + (pitch + cols) * 16; }
+  int64_t elements() const { return (planes ? rows * pitch : 0) + lines + pitch + 2 * phase + 2 * cols; }
+  int64_t bytes(int64_t element) const {
+    return elements() * element + cols * int64_t(sizeof(MeanRun)) + lines * int64_t(sizeof(Span<int64_t>));
+  }
 };
 
 // Most of `at` that `count` neighbours of one side depend on.
@@ -45,6 +55,7 @@ inline MeanTile mean_tile(const PoolMean& a, bool forward) {
   t.pitch = most_read(s.w, a.tile_cols, forward) + kSlack;
   t.phase = (t.pitch > a.tile_cols ? t.pitch : a.tile_cols) + (t.vector ? 2 * s.w.kernel : 0) + kSlack;
   t.cols = a.tile_cols + kSlack;
+  t.lines = t.rows > a.tile_rows ? t.rows : a.tile_rows;
   return t;
 }
 
@@ -61,20 +72,22 @@ namespace {
 
 template <class C>
 struct MeanBuffers {
-  C* planes;             // [rows][pitch], sums over depth
-  C* row;                // [2][phase], sums over depth and height, padded with zeros
-  C* shares;             // [pitch], the columns' part of the divisor; backward: its inverse
-  C* line;               // [cols], what is written, before it is rounded
-  C* weights;            // [rows], backward: the rows' part of the divisor, inverted
-  Span<int64_t>* spans;  // of the columns that are not vectorised
+  MeanRun* runs;        // [cols], of the columns that are not vectorised
+  Span<int64_t>* rows;  // [lines], what the written rows depend on
+  C* planes;            // [rows][pitch], sums over depth
+  C* row;               // [2][phase], sums over depth and height, padded with zeros
+  C* shares;            // [pitch], the columns' part of the divisor; backward: its inverse
+  C* line;              // [cols], what is written, before it is rounded
+  C* weights;           // [lines], the written rows' part of the divisor; backward: of the read ones, inverted
 };
 
 // The part of a plane that is written together, and what it depends on.
 struct Tile {
   int64_t plane, depth;
   int64_t first_row, last_row, first_col, last_col;
+  int64_t runs;         // columns that are not vectorised
   int64_t left, right;  // columns read
-  int64_t top;          // first row read
+  int64_t top, bottom;  // rows read
   int64_t origin;       // column at position 0 of the padded row
 };
 
@@ -137,6 +150,23 @@ int64_t origin_of(const PoolDim& w, int64_t first_col) {
   return first_col / 2 + w.padding / 2 - (w.kernel + 1) / 2;
 }
 
+inline bool same(Span<int64_t> a, Span<int64_t> b) { return a.first == b.first && a.last == b.last; }
+
+// Sets what depends on a tile's rows only.
+template <bool FORWARD, class C>
+void enter_rows(const PoolMean& a, const MeanTile& t, const MeanBuffers<C>& b, Tile& r) {
+  const PoolDim& h = a.shape.h;
+  r.top = sources<FORWARD>(h, r.first_row).first;
+  r.bottom = sources<FORWARD>(h, r.last_row - 1).last;
+  for (int64_t row = r.first_row; row < r.last_row; ++row) {
+    b.rows[row - r.first_row] = sources<FORWARD>(h, row);
+    if (FORWARD) b.weights[row - r.first_row] = share<C>(a, h, row);
+  }
+  if (FORWARD) return;
+  const C depth = t.planes ? C(1) : depth_share<C>(a, 0);
+  for (int64_t row = r.top; row < r.bottom; ++row) b.weights[row - r.top] = 1 / (depth * share<C>(a, h, row));
+}
+
 // Sets what depends on a tile's columns only.
 template <bool FORWARD, class C>
 void enter_columns(const PoolMean& a, const MeanTile& t, const MeanBuffers<C>& b, Tile& r) {
@@ -151,9 +181,12 @@ void enter_columns(const PoolMean& a, const MeanTile& t, const MeanBuffers<C>& b
     const C part = share<C>(a, w, o);
     b.shares[o - first] = FORWARD ? part : 1 / part;
   }
+  r.runs = 0;
   for (int64_t i = r.first_col; !t.vector && i < r.last_col; ++i) {
-    b.spans[i - r.first_col] = {sources<FORWARD>(w, i).first - r.left, sources<FORWARD>(w, i).last - r.left};
+    const Span<int64_t> span = sources<FORWARD>(w, i), from{span.first - r.left, span.last - r.left};
+    if (FORWARD || r.runs == 0 || !same(b.runs[r.runs - 1].sources, from)) b.runs[r.runs++] = {i - r.first_col, from};
   }
+  b.runs[r.runs].first = r.last_col - r.first_col;
   for (int64_t i = last - first; FORWARD && i < t.cols; ++i) b.shares[i] = 1;
 }
 
@@ -207,18 +240,19 @@ inline C sum_of_range(const C* p, int64_t n) {
   return sum(add_up(parts));
 }
 
-// Columns that are not vectorised: the range behind each is added up.
+// Columns that are not vectorised: the range behind each run is added up.
 template <bool FORWARD, class T, class C>
 void add_ranges(const MeanBuffers<C>& b, const Tile& r, C divisor, T* to) {
   const int64_t n = r.last_col - r.first_col;
-  for (int64_t i = 0; i < n; ++i) {
-    const Span<int64_t> span = b.spans[i];
+  for (int64_t k = 0; k < r.runs; ++k) {
+    const Span<int64_t> span = b.runs[k].sources;
     if constexpr (FORWARD) {
-      b.line[i] = sum_of_range(b.row + span.first, span.last - span.first) / (b.shares[i] * divisor);
-    } else {  // most elements belong to one window or none
+      b.line[k] = sum_of_range(b.row + span.first, span.last - span.first) / (b.shares[k] * divisor);
+    } else {  // most elements belong to one window or none; what runs over is the next run's
       C total = span.first < span.last ? b.row[span.first] : C(0);
       for (int64_t o = span.first + 1; o < span.last; ++o) total += b.row[o];
-      b.line[i] = total;
+      const int64_t last = b.runs[k + 1].first;
+      for (int64_t i = b.runs[k].first; i < last; i += kLanes<C>) store(b.line + i, splat(total));
     }
   }
   sweep<C>(n, [&](int64_t i, int, auto extent) { store(to + i, load(b.line + i, extent), extent); });
@@ -263,24 +297,22 @@ void write_tile(const PoolMean& a, const MeanTile& t, const MeanBuffers<C>& b, T
   const PoolShape& s = a.shape;
   const int64_t height = written<FORWARD>(s.h), width = written<FORWARD>(s.w), read_width = read<FORWARD>(s.w);
   const T* plane = static_cast<const T*>(a.from) + r.plane * read<FORWARD>(s.d) * read<FORWARD>(s.h) * read_width;
-  T* to = static_cast<T*>(a.to) + (r.plane * written<FORWARD>(s.d) + r.depth) * height * width + r.first_col;
-  r.top = sources<FORWARD>(s.h, r.first_row).first;
-  const int64_t bottom = sources<FORWARD>(s.h, r.last_row - 1).last;
-  if constexpr (!FORWARD) {
-    const C depth = t.planes ? C(1) : depth_share<C>(a, 0);
-    for (int64_t row = r.top; row < bottom; ++row) b.weights[row - r.top] = 1 / (depth * share<C>(a, s.h, row));
-  }
-  if (t.planes) add_depths<FORWARD>(a, t, b, r, plane, {r.top, bottom});
-  for (int64_t row = r.first_row; row < r.last_row; ++row) {
-    const Span<int64_t> rows = sources<FORWARD>(s.h, row);
-    C divisor = 1;
-    if constexpr (FORWARD) divisor = depth_share<C>(a, r.depth) * share<C>(a, s.h, row);
+  T* to = static_cast<T*>(a.to) + ((r.plane * written<FORWARD>(s.d) + r.depth) * height + r.first_row) * width;
+  to += r.first_col;
+  if (t.planes) add_depths<FORWARD>(a, t, b, r, plane, {r.top, r.bottom});
+  const C depth = FORWARD ? depth_share<C>(a, r.depth) : C(1);
+  for (int64_t row = 0; row < r.last_row - r.first_row; ++row, to += width) {
+    const Span<int64_t> rows = b.rows[row];
+    if (!FORWARD && row > 0 && same(rows, b.rows[row - 1])) {
+      __builtin_memcpy(to, to - width, size_t(r.last_col - r.first_col) * sizeof(T));
+      continue;
+    }
     if (t.planes) {
       add_rows<FORWARD>(a, t, b, r, b.planes - r.top * t.pitch, t.pitch, rows);
     } else {
       add_rows<FORWARD>(a, t, b, r, plane + r.left, read_width, rows);
     }
-    write_row<FORWARD>(a, t, b, r, divisor, to + row * width);
+    write_row<FORWARD>(a, t, b, r, FORWARD ? depth * b.weights[row] : C(1), to);
   }
 }
 
@@ -292,20 +324,25 @@ void mean_tiles(const PoolMean& a, void* scratch, int64_t begin, int64_t end) {
   const int64_t height = written<FORWARD>(s.h), width = written<FORWARD>(s.w), depth = written<FORWARD>(s.d);
   const int64_t row_tiles = ceil_div(height, a.tile_rows), slices = s.batch * s.channels * depth * row_tiles;
   MeanBuffers<C> b;
-  b.spans = static_cast<Span<int64_t>*>(scratch);
-  b.row = reinterpret_cast<C*>(b.spans + t.pitch + t.cols);
+  b.runs = static_cast<MeanRun*>(scratch);
+  b.rows = reinterpret_cast<Span<int64_t>*>(b.runs + t.cols);
+  b.row = reinterpret_cast<C*>(b.rows + t.lines);
   b.planes = b.row + 2 * t.phase;
   b.shares = b.planes + (t.planes ? t.rows * t.pitch : 0);
   b.line = b.shares + t.pitch + t.cols;
   b.weights = b.line + t.cols;
   Tile r;
-  r.first_col = -1;
+  r.first_col = r.first_row = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first_col = item / slices * a.tile_cols, slice = item % slices;
     r.plane = slice / (depth * row_tiles);
     r.depth = slice / row_tiles % depth;
-    r.first_row = slice % row_tiles * a.tile_rows;
-    r.last_row = smaller(r.first_row + a.tile_rows, height);
+    const int64_t first_row = slice % row_tiles * a.tile_rows;
+    if (r.first_row != first_row) {
+      r.first_row = first_row;
+      r.last_row = smaller(first_row + a.tile_rows, height);
+      enter_rows<FORWARD>(a, t, b, r);
+    }
     if (r.first_col != first_col) {
       r.first_col = first_col;
       r.last_col = smaller(first_col + a.tile_cols, width);
@@ -315,43 +352,12 @@ void mean_tiles(const PoolMean& a, void* scratch, int64_t begin, int64_t end) {
   }
 }
 
-// Windows over whole planes: one sum, or one value, for each.
-template <bool FORWARD, class T, class C>
-void whole_planes(const PoolMean& a, int64_t begin, int64_t end) {
-  const PoolShape& s = a.shape;
-  const int64_t n = s.d.in * s.h.in * s.w.in;
-  constexpr int64_t kBlock = 4096;  // summed in C, before they are added up in double
-  const C divisor = depth_share<C>(a, 0) * share<C>(a, s.h, 0) * share<C>(a, s.w, 0);
-  for (int64_t plane = begin; plane < end; ++plane) {
-    if constexpr (FORWARD) {
-      const T* x = static_cast<const T*>(a.from) + plane * n;
-      double total = 0;
-      for (int64_t from = 0; from < n; from += kBlock) {
-        Vec<C> parts[4] = {};
-        sweep<C>(smaller(kBlock, n - from),
-                 [&](int64_t i, int slot, auto extent) { parts[slot] += load(x + from + i, extent); });
-        total += double(sum(add_up(parts)));
-      }
-      from_compute(C(total) / divisor, static_cast<T*>(a.to) + plane);
-    } else {
-      T* dx = static_cast<T*>(a.to) + plane * n;
-      const Vec<C> value = splat(to_compute(static_cast<const T*>(a.from)[plane]) / divisor);
-      sweep<C>(n, [&](int64_t i, int, auto extent) { store(dx + i, value, extent); });
-    }
-  }
-}
-
 }  // namespace
 
-// Tiles [begin, end) of the contiguous layout, or planes if there is no scratch.
+// Tiles [begin, end) of the contiguous layout.
 void avg_pool_tiles(const PoolMean& a, bool forward, void* scratch, int64_t begin, int64_t end) {
-  if (scratch == nullptr) {
-    PYDL_FLOAT_SWITCH(a.dtype, forward ? whole_planes<true, T, compute_t<T>>(a, begin, end)
-                                       : whole_planes<false, T, compute_t<T>>(a, begin, end));
-  } else {
-    PYDL_FLOAT_SWITCH(a.dtype, forward ? mean_tiles<true, T, compute_t<T>>(a, scratch, begin, end)
-                                       : mean_tiles<false, T, compute_t<T>>(a, scratch, begin, end));
-  }
+  PYDL_FLOAT_SWITCH(a.dtype, forward ? mean_tiles<true, T, compute_t<T>>(a, scratch, begin, end)
+                                     : mean_tiles<false, T, compute_t<T>>(a, scratch, begin, end));
 }
 
 }  // namespace PYDL_ISA
@@ -362,6 +368,7 @@ void avg_pool_tiles(const PoolMean& a, bool forward, void* scratch, int64_t begi
 namespace pydl {
 
 PYDL_CPU_DECLARE(void, avg_pool_tiles, const PoolMean&, bool, void*, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, avg_pool_planes, const PoolMean&, bool, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, avg_pool_rows, const PoolMean&, bool, void*, int64_t, int64_t)
 
 namespace {
@@ -370,9 +377,8 @@ void run_contiguous(PoolMean& a, bool forward) {
   const PoolShape& s = a.shape;
   const int64_t planes = s.batch * s.channels, inputs = s.d.in * s.h.in * s.w.in;
   if (is_global(s)) {
-    host::parallel(planes, inputs / 2 + 1, [&](int64_t begin, int64_t end) {
-      PYDL_CPU_DISPATCH(avg_pool_tiles)(a, forward, nullptr, begin, end);
-    });
+    host::parallel(planes, inputs / 2 + 1,
+                   [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(avg_pool_planes)(a, forward, begin, end); });
     return;
   }
   const int64_t width = forward ? s.w.out : s.w.in, height = forward ? s.h.out : s.h.in;
