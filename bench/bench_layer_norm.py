@@ -39,6 +39,7 @@ CASES = [
     Case("small-256x512", _shape(256, 512), devices=("cpu", "cuda")),
     Case("tokens-3152x768", _shape(16 * 197, 768)),
     Case("wide-64x65536", _shape(64, 65536), devices=("cpu", "cuda")),
+    Case("wide-4x1000000", _shape(4, 1000000), devices=("cpu", "cuda")),
     Case("large-8192x2048", _shape(8192, 2048)),
     Case("16384x4096", _shape(16384, 4096), devices=("cuda",), targets=_GPU, panel=True),
     Case("16384x8192", _shape(16384, 8192), devices=("cuda",), targets=_GPU),

@@ -99,6 +99,34 @@ def _layer_norm_bwd_dx_kernel(
 
 
 @triton.jit
+def dx_columns(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    dx_ptr,
+    begin,
+    end,
+    mean,
+    rstd,
+    g_mean,
+    slope,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dx of the row's columns from begin to end, with slope = mean(g xhat) rstd."""
+    offs = tl.arange(0, BLOCK_N)
+    for i in range(0, tl.cdiv(end - begin, BLOCK_N)):
+        cols = begin + i * BLOCK_N + offs
+        mask = cols < end
+        g = tl.load(dy_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if HAS_WEIGHT:
+            g *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        dx = (g - (g_mean + (x - mean) * slope)) * rstd
+        tl.store(dx_ptr + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _layer_norm_bwd_dx_looped_kernel(
     dy_ptr,
     x_ptr,
@@ -133,15 +161,7 @@ def _layer_norm_bwd_dx_looped_kernel(
         gx_sum += g * tl.where(mask, (x - mean) * rstd, 0.0)
     g_mean = tl.sum(g_sum, axis=0) / N
     slope = tl.sum(gx_sum, axis=0) / N * rstd
-    for i in range(0, tl.cdiv(N, BLOCK_N)):
-        cols = i * BLOCK_N + offs
-        mask = cols < N
-        g = tl.load(dy_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        x = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        if HAS_WEIGHT:
-            g *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        dx = (g - (g_mean + (x - mean) * slope)) * rstd
-        tl.store(dx_ptr + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    dx_columns(dy_ptr, x_ptr, weight_ptr, dx_ptr, 0, N, mean, rstd, g_mean, slope, HAS_WEIGHT, BLOCK_N)
 
 
 @triton.jit

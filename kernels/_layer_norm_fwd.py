@@ -52,6 +52,68 @@ def _layer_norm_fwd_kernel(
 
 
 @triton.jit
+def row_statistics(x_ptr, begin, end, BLOCK_N: tl.constexpr):
+    """Statistics of the row's columns from begin to end: (mean, rest, m2), m2 the sum of squared deviations.
+
+    The mean is a rounded sum and the remainder that the sum lost. Welford's recurrence in every lane, lanes joined by
+    Chan's formula: no reduction inside the loop, and no cancellation whatever the mean or outliers. Welford, "Note on a
+    method for calculating corrected sums of squares and products" (1962); Chan, Golub and LeVeque, "Algorithms for
+    computing the sample variance" (1983).
+    """
+    n = end - begin
+    offs = tl.arange(0, BLOCK_N)
+    lane_mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    lane_m2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for i in range(0, tl.cdiv(n, BLOCK_N)):
+        cols = begin + i * BLOCK_N + offs
+        mask = cols < end
+        x = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        delta = tl.where(mask, x - lane_mean, 0.0)
+        lane_mean += delta * (1.0 / (i + 1))
+        lane_m2 += delta * (x - lane_mean)
+    count = ((n - offs + (BLOCK_N - 1)) // BLOCK_N).to(tl.float32)
+    return join_statistics(count, lane_mean, 0.0, lane_m2, n)
+
+
+@triton.jit
+def join_statistics(count, part_mean, part_rest, part_m2, N):
+    """Chan's formula for all parts of N elements at once; a part without elements counts 0 and has mean and m2 0."""
+    mean = tl.sum(part_mean * count, axis=0) / N
+    rest = tl.sum(((part_mean - mean) + part_rest) * count, axis=0) / N
+    spread = ((part_mean - mean) + part_rest) - rest
+    return mean, rest, tl.sum(part_m2 + spread * spread * count, axis=0)
+
+
+@triton.jit
+def normalise_columns(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    begin,
+    end,
+    mean,
+    rest,
+    rstd,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y of the row's columns from begin to end."""
+    offs = tl.arange(0, BLOCK_N)
+    for i in range(0, tl.cdiv(end - begin, BLOCK_N)):
+        cols = begin + i * BLOCK_N + offs
+        mask = cols < end
+        x = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        y = ((x - mean) - rest) * rstd
+        if HAS_WEIGHT:
+            y *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _layer_norm_fwd_looped_kernel(
     x_ptr,
     weight_ptr,
@@ -66,41 +128,12 @@ def _layer_norm_fwd_looped_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One wide row per program: Welford's recurrence in every lane, lanes joined by Chan's formula, then a second read.
-
-    Welford, "Note on a method for calculating corrected sums of squares and products" (1962); Chan, Golub and LeVeque,
-    "Algorithms for computing the sample variance" (1983). No reduction inside the loop, and no cancellation whatever
-    the row's mean or outliers.
-    """
+    """One wide row per program: a pass for the statistics, a pass for y."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xm
     y_ptr += row * N
-    offs = tl.arange(0, BLOCK_N)
-    mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    m2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for i in range(0, tl.cdiv(N, BLOCK_N)):
-        mask = offs < N - i * BLOCK_N
-        x = tl.load(x_ptr + i * BLOCK_N + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        delta = tl.where(mask, x - mean, 0.0)
-        mean += delta * (1.0 / (i + 1))
-        m2 += delta * (x - mean)
-
-    count = ((N - offs + (BLOCK_N - 1)) // BLOCK_N).to(tl.float32)
-    # the row's mean as a rounded sum and the remainder that the sum lost
-    row_mean = tl.sum(mean * count, axis=0) / N
-    rest = tl.sum((mean - row_mean) * count, axis=0) / N
-    spread = (mean - row_mean) - rest
-    rstd = tl.rsqrt(tl.sum(m2 + spread * spread * count, axis=0) / N + eps)
-    tl.store(mean_ptr + row, row_mean + rest)
+    mean, rest, m2 = row_statistics(x_ptr, 0, N, BLOCK_N)
+    rstd = tl.rsqrt(m2 / N + eps)
+    tl.store(mean_ptr + row, mean + rest)
     tl.store(rstd_ptr + row, rstd)
-
-    for i in range(0, tl.cdiv(N, BLOCK_N)):
-        cols = i * BLOCK_N + offs
-        mask = cols < N
-        x = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        y = ((x - row_mean) - rest) * rstd
-        if HAS_WEIGHT:
-            y *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+    normalise_columns(x_ptr, weight_ptr, bias_ptr, y_ptr, 0, N, mean, rest, rstd, HAS_WEIGHT, HAS_BIAS, BLOCK_N)

@@ -12,6 +12,10 @@ from ._launch import Device, cdiv, next_power_of_two
 MAX_TILE_BYTES_FWD = 65536
 MAX_TILE_BWD = 8192
 LOOPED_BLOCK_N = 4096
+SPLIT_MIN_COLUMNS = 32769
+# twice the multiprocessors of a large part: from here on one program per row keeps it busy
+SPLIT_MAX_ROWS = 255
+SPLIT_PROGRAMS = 1024
 
 
 class Config(NamedTuple):
@@ -71,6 +75,35 @@ def num_row_splits(M: int, N: int, device: Device) -> int:
     config = dwdb_config(N)
     wanted = cdiv(4 * device.sm_count, cdiv(N, config.block_n))
     return min(wanted, cdiv(M, config.block_m))
+
+
+class Split(NamedTuple):
+    """How wide rows are cut: ``pieces`` of ``piece`` columns, and for the sums over rows and columns ``config``'s tiles
+    in ``blocks`` of columns times ``groups`` of rows."""
+
+    piece: int
+    pieces: int
+    config: Config
+    blocks: int
+    groups: int
+
+
+@functools.lru_cache(maxsize=4096)
+def row_split(M: int, N: int) -> Split | None:
+    """The cut of M rows of N columns, a function of the shape alone; None where a program takes a whole row.
+
+    There are about SPLIT_PROGRAMS pieces of whole tiles, and never more for one row. A group of rows that leaves fp32
+    partial sums behind has at least 16 of them, so that those stay below a quarter of the bytes of x; a single group's
+    sums are final.
+    """
+    if N < SPLIT_MIN_COLUMNS or M > SPLIT_MAX_ROWS:
+        return None
+    tiles = cdiv(N, LOOPED_BLOCK_N)
+    piece = cdiv(tiles, min(tiles, SPLIT_PROGRAMS // M)) * LOOPED_BLOCK_N
+    # narrow blocks while all programs together add few of them
+    config = Config(4, 512, 4) if N < 2**19 else Config(1, 2048, 4)
+    blocks = cdiv(N, config.block_n)
+    return Split(piece, cdiv(N, piece), config, blocks, min(cdiv(512, blocks), max(M // 16, 1)))
 
 
 def check_rows(op: str, x: Tensor, M: int, N: int) -> None:

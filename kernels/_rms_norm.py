@@ -41,6 +41,31 @@ def _rms_norm_fwd_kernel(
 
 
 @triton.jit
+def sum_of_squares(x_ptr, begin, end, BLOCK_N: tl.constexpr):
+    """Sum of x^2 over the row's columns from begin to end."""
+    offs = tl.arange(0, BLOCK_N)
+    squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for i in range(0, tl.cdiv(end - begin, BLOCK_N)):
+        cols = begin + i * BLOCK_N + offs
+        x = tl.load(x_ptr + cols, mask=cols < end, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        squares += x * x
+    return tl.sum(squares, axis=0)
+
+
+@triton.jit
+def scale_columns(x_ptr, weight_ptr, y_ptr, begin, end, rstd, HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """y of the row's columns from begin to end."""
+    offs = tl.arange(0, BLOCK_N)
+    for i in range(0, tl.cdiv(end - begin, BLOCK_N)):
+        cols = begin + i * BLOCK_N + offs
+        mask = cols < end
+        y = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32) * rstd
+        if HAS_WEIGHT:
+            y *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _rms_norm_fwd_looped_kernel(
     x_ptr,
     weight_ptr,
@@ -55,22 +80,9 @@ def _rms_norm_fwd_looped_kernel(
     """One wide row per program: a pass for the mean square, a pass for y."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xm
-    y_ptr += row * N
-    offs = tl.arange(0, BLOCK_N)
-    squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for i in range(0, tl.cdiv(N, BLOCK_N)):
-        cols = i * BLOCK_N + offs
-        x = tl.load(x_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        squares += x * x
-    rstd = tl.rsqrt(tl.sum(squares, axis=0) / N + eps)
+    rstd = tl.rsqrt(sum_of_squares(x_ptr, 0, N, BLOCK_N) / N + eps)
     tl.store(rstd_ptr + row, rstd)
-    for i in range(0, tl.cdiv(N, BLOCK_N)):
-        cols = i * BLOCK_N + offs
-        mask = cols < N
-        y = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32) * rstd
-        if HAS_WEIGHT:
-            y *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+    scale_columns(x_ptr, weight_ptr, y_ptr + row * N, 0, N, rstd, HAS_WEIGHT, BLOCK_N)
 
 
 @triton.jit
@@ -148,6 +160,23 @@ def _rms_norm_bwd_dx_kernel(
 
 
 @triton.jit
+def dx_columns(
+    dy_ptr, x_ptr, weight_ptr, dx_ptr, begin, end, rstd, gx_mean, HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """dx of the row's columns from begin to end, with gx_mean = mean(g xhat)."""
+    offs = tl.arange(0, BLOCK_N)
+    for i in range(0, tl.cdiv(end - begin, BLOCK_N)):
+        cols = begin + i * BLOCK_N + offs
+        mask = cols < end
+        g = tl.load(dy_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if HAS_WEIGHT:
+            g *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        dx = (g - (x * rstd) * gx_mean) * rstd
+        tl.store(dx_ptr + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _rms_norm_bwd_dx_looped_kernel(
     dy_ptr,
     x_ptr,
@@ -177,15 +206,7 @@ def _rms_norm_bwd_dx_looped_kernel(
             g *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         gx_sum += g * (x * rstd)
     gx_mean = tl.sum(gx_sum, axis=0) / N
-    for i in range(0, tl.cdiv(N, BLOCK_N)):
-        cols = i * BLOCK_N + offs
-        mask = cols < N
-        g = tl.load(dy_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        x = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        if HAS_WEIGHT:
-            g *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        dx = (g - (x * rstd) * gx_mean) * rstd
-        tl.store(dx_ptr + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    dx_columns(dy_ptr, x_ptr, weight_ptr, dx_ptr, 0, N, rstd, gx_mean, HAS_WEIGHT, BLOCK_N)
 
 
 @triton.jit

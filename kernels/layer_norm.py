@@ -1,7 +1,8 @@
 """Layer normalisation over the last dimensions: launchers and tile choice.
 
 Ba, Kiros and Hinton, "Layer Normalization" (2016). Forward reads x and writes y; backward reads x and dy once for dx,
-dweight and dbias as long as a row fits a tile. Statistics and sums are fp32 for every dtype.
+dweight and dbias as long as a row fits a tile. Few wider rows are cut into pieces, see _layer_norm_split.py. Statistics
+and sums are fp32 for every dtype.
 """
 
 from __future__ import annotations
@@ -22,8 +23,17 @@ from ._layer_norm_bwd import (
     _layer_norm_bwd_reduce_kernel,
 )
 from ._layer_norm_fwd import _layer_norm_fwd_kernel, _layer_norm_fwd_looped_kernel
+from ._layer_norm_split import (
+    _layer_norm_bwd_split_dx_kernel,
+    _layer_norm_bwd_split_sums_kernel,
+    _layer_norm_fwd_split_kernel,
+    _layer_norm_fwd_split_statistics_kernel,
+)
 from ._norm_rows import (
+    LOOPED_BLOCK_N,
+    SPLIT_PROGRAMS,
     Config,
+    Split,
     as_rows,
     bwd_config,
     check_rows,
@@ -33,6 +43,7 @@ from ._norm_rows import (
     num_partials,
     num_row_splits,
     reduce_config,
+    row_split,
 )
 
 
@@ -65,9 +76,11 @@ def layer_norm_fwd(
     bias = contiguous_parameter("layer_norm_fwd", "bias", bias, N)
     has_weight, has_bias = weight is not None, bias is not None
     itemsize = max(x.element_size(), weight.element_size() if has_weight else 0, bias.element_size() if has_bias else 0)
-    config = fwd_config(M, N, itemsize, device_facts(x))
+    config, split = fwd_config(M, N, itemsize, device_facts(x)), row_split(M, N)
     with device_guard(x):
-        if config.looped:
+        if split:
+            _launch_fwd_split(x, weight, bias, y, mean, rstd, M, N, stride_xm, eps, split)
+        elif config.looped:
             _layer_norm_fwd_looped_kernel[(M,)](
                 x, weight, bias, y, mean, rstd, N, stride_xm, eps, HAS_WEIGHT=has_weight, HAS_BIAS=has_bias,
                 BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
@@ -79,6 +92,21 @@ def layer_norm_fwd(
                 enable_fp_fusion=True,
             )  # fmt: skip
     return y, mean, rstd
+
+
+def _launch_fwd_split(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, mean: Tensor, rstd: Tensor,
+    M: int, N: int, stride_xm: int, eps: float, split: Split,
+) -> None:  # fmt: skip
+    parts = x.new_empty((3, M, split.pieces), dtype=torch.float32)
+    _layer_norm_fwd_split_statistics_kernel[(split.pieces, M)](
+        x, parts, N, split.piece, stride_xm, BLOCK_N=LOOPED_BLOCK_N, num_warps=8, num_stages=1, enable_fp_fusion=True
+    )
+    _layer_norm_fwd_split_kernel[(split.pieces, M)](
+        x, weight, bias, parts, y, mean, rstd, N, split.piece, stride_xm, eps, HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None, BLOCK_N=LOOPED_BLOCK_N, BLOCK_S=SPLIT_PROGRAMS, num_warps=8, num_stages=1,
+        enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def layer_norm_bwd(
@@ -124,22 +152,48 @@ def layer_norm_bwd(
     weight = contiguous_parameter("layer_norm_bwd", "weight", weight, N)
     config, device = bwd_config(N), device_facts(x)
     sizes = (M, N, stride_dym, stride_xm)
+    split = row_split(M, N) if want_dx else None
+    partial = None
     with device_guard(x):
-        if want_dx and sums and not config.looped:
+        if split:
+            partial = _launch_bwd_split(dy, x, mean, rstd, weight, dx, sums, *sizes, split)
+        elif want_dx and sums and not config.looped:
             partial = x.new_empty((2, num_partials(M, config, device), N), dtype=torch.float32)
             _layer_norm_bwd_kernel[(partial.shape[1],)](
                 dy, x, mean, rstd, weight, dx, partial, *sizes, HAS_WEIGHT=weight is not None, BLOCK_M=config.block_m,
                 BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
         else:
-            partial = x.new_empty((2, num_row_splits(M, N, device), N), dtype=torch.float32) if sums else None
             if want_dx:
                 _launch_dx(dy, x, mean, rstd, weight, dx, *sizes, config)
-            if partial is not None:
+            if sums:
+                partial = x.new_empty((2, num_row_splits(M, N, device), N), dtype=torch.float32)
                 _launch_dwdb(dy, x, mean, rstd, partial, *sizes)
         if partial is not None:
             _launch_reduce(partial, sums, N)
     return dx, dweight, dbias
+
+
+def _launch_bwd_split(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, dx: Tensor,
+    sums: list[tuple[int, Tensor]], M: int, N: int, stride_dym: int, stride_xm: int, split: Split,
+) -> Tensor | None:  # fmt: skip
+    """dx, and dweight and dbias: finished, or as the partial sums that it returns."""
+    config = split.config
+    parts = x.new_empty((M, 2, split.blocks), dtype=torch.float32)
+    partial = x.new_empty((2, split.groups, N), dtype=torch.float32) if sums and split.groups > 1 else None
+    targets = {i: out if partial is None else partial[i] for i, out in sums}
+    _layer_norm_bwd_split_sums_kernel[(split.blocks, split.groups)](
+        dy, x, mean, rstd, weight, parts, targets.get(0), targets.get(1), M, N, stride_dym, stride_xm,
+        HAS_WEIGHT=weight is not None, HAS_DWEIGHT=0 in targets, HAS_DBIAS=1 in targets, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    _layer_norm_bwd_split_dx_kernel[(split.pieces, M)](
+        dy, x, mean, rstd, weight, parts, dx, N, split.blocks, split.piece, stride_dym, stride_xm,
+        HAS_WEIGHT=weight is not None, BLOCK_N=LOOPED_BLOCK_N, BLOCK_S=SPLIT_PROGRAMS, num_warps=8, num_stages=1,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return partial
 
 
 def _launch_dwdb(
@@ -180,6 +234,8 @@ def _launch_dx(
 
 # widths at which tiles are compiled: every power of two from the narrowest tile, and one row wider than any
 AOT_WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+# both tiles of the sums of cut rows, with partial sums and without
+AOT_SPLIT_SHAPES = ((64, 65536), (1, 65536), (64, 2**19), (1, 2**19))
 
 
 def aot_cases(arch: int) -> Iterator[Case]:
@@ -196,23 +252,55 @@ def aot_cases(arch: int) -> Iterator[Case]:
         yield from _aot_width(N, "bf16", None, arch)
     yield from _aot_width(4096, "bf16", "bf16", arch, {"M": 1, "P": 1})
     yield from _aot_width(1, "bf16", "bf16", arch, {"N": 1, "stride_xm": 1, "stride_dym": 1})
+    for dtype in ("fp32", "bf16"):
+        yield from _aot_split(dtype, dtype, AOT_SPLIT_SHAPES, quick=dtype == "bf16")
+    for dtype, parameter in (("fp16", "fp16"), ("bf16", "fp32"), ("bf16", None)):
+        yield from _aot_split(dtype, parameter, AOT_SPLIT_SHAPES[:1])
+
+
+def _aot_arguments(dtype: str, parameter: str | None) -> tuple[dict[str, str], dict[str, object], str]:
+    rows = dict.fromkeys(("x_ptr", "dy_ptr", "y_ptr", "dx_ptr"), f"*{dtype}")
+    sums = dict.fromkeys(("first_ptr", "second_ptr"), f"*{parameter or dtype}")
+    statistics = dict.fromkeys(("mean_ptr", "rstd_ptr", "partial_ptr", "parts_ptr"), "*fp32")
+    sizes = dict.fromkeys(("M", "N", "P", "S", "piece", "stride_xm", "stride_dym"), "i32")
+    types = rows | sums | statistics | sizes | {"eps": "fp32"}
+    flags: dict[str, object] = {"HAS_WEIGHT": parameter is not None, "HAS_BIAS": parameter is not None}
+    if parameter is not None:
+        types |= dict.fromkeys(("weight_ptr", "bias_ptr"), f"*{parameter}")
+    else:
+        flags |= {"weight_ptr": None, "bias_ptr": None}
+    return types, flags, f"x {dtype} " + (f"weight {parameter}" if parameter else "no weight")
+
+
+def _aot_split(
+    dtype: str, parameter: str | None, shapes: Sequence[tuple[int, int]], quick: bool = False
+) -> Iterator[Case]:
+    types, flags, label = _aot_arguments(dtype, parameter)
+    pieces = flags | {"BLOCK_N": LOOPED_BLOCK_N, "BLOCK_S": SPLIT_PROGRAMS}
+    for kernel in (
+        _layer_norm_fwd_split_statistics_kernel,
+        _layer_norm_fwd_split_kernel,
+        _layer_norm_bwd_split_dx_kernel,
+    ):
+        yield Case(kernel, label, types, pieces, 8, quick)
+    for M, N in shapes:
+        config, groups = row_split(M, N)[2::2]
+        name = f"{M}x{N} {label} tile {config.block_m}x{config.block_n}"
+        tile = flags | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n} | ({"M": 1} if M == 1 else {})
+        sums = dict.fromkeys(("dweight_ptr", "dbias_ptr"), "*fp32" if groups > 1 else types["first_ptr"])
+        every = tile | {"HAS_DWEIGHT": True, "HAS_DBIAS": True}
+        yield Case(_layer_norm_bwd_split_sums_kernel, name, types | sums, every, config.num_warps, quick)
+        if M > 1:
+            no_sums = {"HAS_DWEIGHT": False, "HAS_DBIAS": False, "dweight_ptr": None, "dbias_ptr": None}
+            yield Case(_layer_norm_bwd_split_sums_kernel, f"{name} dx only", types, tile | no_sums, config.num_warps)
 
 
 def _aot_width(
     N: int, dtype: str, parameter: str | None, arch: int, ones: dict[str, int] | None = None, quick: bool = False
 ) -> Iterator[Case]:
-    rows = dict.fromkeys(("x_ptr", "dy_ptr", "y_ptr", "dx_ptr"), f"*{dtype}")
-    sums = dict.fromkeys(("first_ptr", "second_ptr"), f"*{parameter or dtype}")
-    statistics = dict.fromkeys(("mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32")
-    types = (
-        rows | sums | statistics | dict.fromkeys(("M", "N", "P", "stride_xm", "stride_dym"), "i32") | {"eps": "fp32"}
-    )
-    flags: dict[str, object] = {"HAS_WEIGHT": parameter is not None, "HAS_BIAS": parameter is not None, **(ones or {})}
-    if parameter is not None:
-        types |= dict.fromkeys(("weight_ptr", "bias_ptr"), f"*{parameter}")
-    else:
-        flags |= {"weight_ptr": None, "bias_ptr": None}
-    label = f"N={N} x {dtype} " + (f"weight {parameter}" if parameter else "no weight")
+    types, flags, label = _aot_arguments(dtype, parameter)
+    flags |= ones or {}
+    label = f"N={N} {label}"
     label += f" {', '.join(ones)} = 1" if ones else ""
 
     def case(kernel, config: Config) -> Case:

@@ -1,7 +1,7 @@
 """RMS normalisation over the last dimensions: launchers.
 
 Zhang and Sennrich, "Root mean square layer normalization" (2019). Tiles are layer normalisation's, which hold more;
-sums are fp32 for every dtype.
+sums are fp32 for every dtype. Few wide rows are cut into pieces, see _layer_norm_split.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from ._aot import Case
 from ._launch import Device, cdiv, device_facts, device_guard, require_dtype
 from ._layer_norm_bwd import _layer_norm_bwd_reduce_kernel
 from ._norm_rows import (
+    LOOPED_BLOCK_N,
+    SPLIT_PROGRAMS,
     Config,
+    Split,
     as_rows,
     bwd_config,
     check_rows,
@@ -26,6 +29,7 @@ from ._norm_rows import (
     num_partials,
     num_row_splits,
     reduce_config,
+    row_split,
 )
 from ._rms_norm import (
     _rms_norm_bwd_dw_kernel,
@@ -34,6 +38,12 @@ from ._rms_norm import (
     _rms_norm_bwd_kernel,
     _rms_norm_fwd_kernel,
     _rms_norm_fwd_looped_kernel,
+)
+from ._rms_norm_split import (
+    _rms_norm_bwd_split_dx_kernel,
+    _rms_norm_bwd_split_sums_kernel,
+    _rms_norm_fwd_split_kernel,
+    _rms_norm_fwd_split_squares_kernel,
 )
 
 
@@ -61,9 +71,11 @@ def rms_norm_fwd(
     x, stride_xm = as_rows(x, M, N)
     weight = contiguous_parameter("rms_norm_fwd", "weight", weight, N)
     itemsize = max(x.element_size(), 0 if weight is None else weight.element_size())
-    config = fwd_config(M, N, itemsize, device_facts(x))
+    config, split = fwd_config(M, N, itemsize, device_facts(x)), row_split(M, N)
     with device_guard(x):
-        if config.looped:
+        if split:
+            _launch_fwd_split(x, weight, y, rstd, M, N, stride_xm, eps, split)
+        elif config.looped:
             _rms_norm_fwd_looped_kernel[(M,)](
                 x, weight, y, rstd, N, stride_xm, eps, HAS_WEIGHT=weight is not None, BLOCK_N=config.block_n,
                 num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
@@ -74,6 +86,19 @@ def rms_norm_fwd(
                 BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
     return y, rstd
+
+
+def _launch_fwd_split(
+    x: Tensor, weight: Tensor | None, y: Tensor, rstd: Tensor, M: int, N: int, stride_xm: int, eps: float, split: Split
+) -> None:
+    parts = x.new_empty((M, split.pieces), dtype=torch.float32)
+    _rms_norm_fwd_split_squares_kernel[(split.pieces, M)](
+        x, parts, N, split.piece, stride_xm, BLOCK_N=LOOPED_BLOCK_N, num_warps=8, num_stages=1, enable_fp_fusion=True
+    )
+    _rms_norm_fwd_split_kernel[(split.pieces, M)](
+        x, weight, parts, y, rstd, N, split.piece, stride_xm, eps, HAS_WEIGHT=weight is not None,
+        BLOCK_N=LOOPED_BLOCK_N, BLOCK_S=SPLIT_PROGRAMS, num_warps=8, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def rms_norm_bwd(
@@ -112,22 +137,49 @@ def rms_norm_bwd(
     weight = contiguous_parameter("rms_norm_bwd", "weight", weight, N)
     config, device = bwd_config(N), device_facts(x)
     sizes = (M, N, stride_dym, stride_xm)
+    split = row_split(M, N) if want_dx else None
+    partial = None
     with device_guard(x):
-        if want_dx and want_dw and not config.looped:
+        if split:
+            partial = _launch_bwd_split(dy, x, rstd, weight, dx, dweight if want_dw else None, *sizes, split)
+        elif want_dx and want_dw and not config.looped:
             partial = x.new_empty((num_partials(M, config, device), N), dtype=torch.float32)
             _rms_norm_bwd_kernel[(partial.shape[0],)](
                 dy, x, rstd, weight, dx, partial, *sizes, HAS_WEIGHT=weight is not None, BLOCK_M=config.block_m,
                 BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
         else:
-            partial = x.new_empty((num_row_splits(M, N, device) if want_dw else 0, N), dtype=torch.float32)
             if want_dx:
                 _launch_dx(dy, x, rstd, weight, dx, *sizes, config)
             if want_dw:
+                partial = x.new_empty((num_row_splits(M, N, device), N), dtype=torch.float32)
                 _launch_dw(dy, x, rstd, partial, *sizes)
-        if want_dw:
+        if partial is not None:
             _launch_reduce(partial, dweight)
     return dx, dweight
+
+
+def _launch_bwd_split(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, dx: Tensor, dweight: Tensor | None,
+    M: int, N: int, stride_dym: int, stride_xm: int, split: Split,
+) -> Tensor | None:  # fmt: skip
+    """dx, and dweight where it is wanted: finished, or as the partial sums that it returns."""
+    config = split.config
+    parts = x.new_empty((M, split.blocks), dtype=torch.float32)
+    partial = None
+    if dweight is not None and split.groups > 1:
+        dweight = partial = x.new_empty((split.groups, N), dtype=torch.float32)
+    _rms_norm_bwd_split_sums_kernel[(split.blocks, split.groups)](
+        dy, x, rstd, weight, parts, dweight, M, N, stride_dym, stride_xm, HAS_WEIGHT=weight is not None,
+        HAS_DWEIGHT=dweight is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    _rms_norm_bwd_split_dx_kernel[(split.pieces, M)](
+        dy, x, rstd, weight, parts, dx, N, split.blocks, split.piece, stride_dym, stride_xm,
+        HAS_WEIGHT=weight is not None, BLOCK_N=LOOPED_BLOCK_N, BLOCK_S=SPLIT_PROGRAMS, num_warps=8, num_stages=1,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return partial
 
 
 def _launch_dx(
@@ -167,6 +219,8 @@ def _launch_reduce(partial: Tensor, dweight: Tensor) -> None:
 
 # widths at which tiles are compiled: every power of two from the narrowest tile, and one row wider than any
 AOT_WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+# both tiles of the sums of cut rows, with partial sums and without
+AOT_SPLIT_SHAPES = ((64, 65536), (1, 65536), (64, 2**19), (1, 2**19))
 
 
 def aot_cases(arch: int) -> Iterator[Case]:
@@ -182,20 +236,49 @@ def aot_cases(arch: int) -> Iterator[Case]:
     yield from _aot_width(4096, "bf16", None, arch)
     yield from _aot_width(4096, "bf16", "bf16", arch, {"M": 1})
     yield from _aot_width(1, "bf16", "bf16", arch, {"N": 1, "stride_xm": 1, "stride_dym": 1})
+    for dtype in ("fp32", "bf16"):
+        yield from _aot_split(dtype, dtype, AOT_SPLIT_SHAPES, quick=dtype == "bf16")
+    for dtype, parameter in (("fp16", "fp16"), ("bf16", "fp32"), ("bf16", None)):
+        yield from _aot_split(dtype, parameter, AOT_SPLIT_SHAPES[:1])
+
+
+def _aot_arguments(dtype: str, parameter: str | None) -> tuple[dict[str, str], dict[str, object], str]:
+    types = dict.fromkeys(("x_ptr", "dy_ptr", "y_ptr", "dx_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("rstd_ptr", "partial_ptr", "parts_ptr"), "*fp32")
+    types |= dict.fromkeys(("M", "N", "S", "piece", "stride_xm", "stride_dym"), "i32") | {"eps": "fp32"}
+    flags: dict[str, object] = {"HAS_WEIGHT": parameter is not None}
+    if parameter is None:
+        flags["weight_ptr"] = None
+    else:
+        types["weight_ptr"] = f"*{parameter}"
+    return types, flags, f"x {dtype} " + (f"weight {parameter}" if parameter else "no weight")
+
+
+def _aot_split(
+    dtype: str, parameter: str | None, shapes: Sequence[tuple[int, int]], quick: bool = False
+) -> Iterator[Case]:
+    types, flags, label = _aot_arguments(dtype, parameter)
+    pieces = flags | {"BLOCK_N": LOOPED_BLOCK_N, "BLOCK_S": SPLIT_PROGRAMS}
+    for kernel in (_rms_norm_fwd_split_squares_kernel, _rms_norm_fwd_split_kernel, _rms_norm_bwd_split_dx_kernel):
+        yield Case(kernel, label, types, pieces, 8, quick)
+    for M, N in shapes:
+        config, groups = row_split(M, N)[2::2]
+        name = f"{M}x{N} {label} tile {config.block_m}x{config.block_n}"
+        tile = flags | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n} | ({"M": 1} if M == 1 else {})
+        sums = {"dweight_ptr": "*fp32" if groups > 1 else f"*{parameter or dtype}"}
+        every = tile | {"HAS_DWEIGHT": True}
+        yield Case(_rms_norm_bwd_split_sums_kernel, name, types | sums, every, config.num_warps, quick)
+        if M > 1:
+            no_sums = tile | {"HAS_DWEIGHT": False, "dweight_ptr": None}
+            yield Case(_rms_norm_bwd_split_sums_kernel, f"{name} dx only", types, no_sums, config.num_warps)
 
 
 def _aot_width(
     N: int, dtype: str, parameter: str | None, arch: int, ones: dict[str, int] | None = None, quick: bool = False
 ) -> Iterator[Case]:
-    types = dict.fromkeys(("x_ptr", "dy_ptr", "y_ptr", "dx_ptr"), f"*{dtype}")
-    types |= dict.fromkeys(("rstd_ptr", "partial_ptr"), "*fp32")
-    types |= dict.fromkeys(("M", "N", "stride_xm", "stride_dym"), "i32") | {"eps": "fp32"}
-    flags: dict[str, object] = {"HAS_WEIGHT": parameter is not None, **(ones or {})}
-    if parameter is None:
-        flags["weight_ptr"] = None
-    else:
-        types["weight_ptr"] = f"*{parameter}"
-    label = f"N={N} x {dtype} " + (f"weight {parameter}" if parameter else "no weight")
+    types, flags, label = _aot_arguments(dtype, parameter)
+    flags |= ones or {}
+    label = f"N={N} {label}"
     label += f" {', '.join(ones)} = 1" if ones else ""
 
     def case(kernel, config: Config) -> Case:

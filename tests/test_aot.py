@@ -16,7 +16,7 @@ from pydl.kernels._launch import Device, next_power_of_two  # noqa: E402
 
 from pydl import _aot  # noqa: E402
 from pydl._aot_compile import PARTS, modules, occupancy  # noqa: E402
-from pydl.kernels import activations, layer_norm  # noqa: E402
+from pydl.kernels import activations, layer_norm, rms_norm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -159,12 +159,34 @@ def test_partial_sums_are_fixed_by_sizes_and_device():
                 assert 1 <= layer_norm.num_row_splits(M, N, device) <= M
 
 
+def test_wide_rows_are_cut_by_their_shape():
+    for N in (*SIZES, 65539, 100003, 2**19 + 1, 10**6, 2**31 + 7):
+        for M in (1, 2, 31, 32, 64, 255, 256, 10**6):
+            split = layer_norm.row_split(M, N)
+            if N <= 32768 or M >= 256:
+                assert split is None
+                continue
+            assert (split.pieces - 1) * split.piece < N <= split.pieces * split.piece
+            assert 2 <= split.pieces and M * split.pieces <= layer_norm.SPLIT_PROGRAMS
+            assert M * split.pieces >= min(4 * M, 128) or N < 10**6  # enough of them to fill a part
+            assert (split.blocks - 1) * split.config.block_n < N <= split.blocks * split.config.block_n
+            assert split.groups == 1 or M >= 16 * split.groups  # partial sums stay small beside x
+
+
+def test_every_tile_of_cut_rows_is_compiled_ahead_of_time():
+    chosen = {layer_norm.row_split(M, N).config for M in (1, 255) for N in (32769, 65536, 2**19 - 1, 2**19, 10**8)}
+    for module, name in ((layer_norm, "_layer_norm"), (rms_norm, "_rms_norm")):
+        cases = [case for case in module.aot_cases(90) if case.kernel.__name__ == f"{name}_bwd_split_sums_kernel"]
+        compiled = {(c.constexprs["BLOCK_M"], c.constexprs["BLOCK_N"], c.num_warps) for c in cases}
+        assert compiled == {config[:3] for config in chosen}
+
+
 def test_next_power_of_two():
     assert [next_power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 1024, 1025)] == [1, 1, 2, 4, 4, 8, 1024, 2048]
 
 
 def test_no_size_is_a_constexpr_by_choice():
     """Triton itself compiles a size of 1 into a kernel; any other constexpr size would recompile for each shape."""
-    for module in (layer_norm, activations):
+    for module in (layer_norm, rms_norm, activations):
         for case in module.aot_cases(90):
-            assert all(case.constexprs.get(name, 1) == 1 for name in ("M", "N", "P", "n")), case
+            assert all(case.constexprs.get(name, 1) == 1 for name in ("M", "N", "P", "S", "piece", "n")), case

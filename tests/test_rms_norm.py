@@ -77,25 +77,6 @@ def test_half_precision_input_with_a_float32_weight(backend, low):
 
 
 @pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
-@pytest.mark.parametrize("n", [2047, 2048, 2049, 8193, 32769, 65537])  # beside tile and split sizes, and beyond
-def test_long_rows(backend, n):
-    if backend.slow and n > 32769:
-        pytest.skip("the interpreter needs 12 s; rows above 32,768 all take the same loop over tiles")
-    x, weight = torch.randn(2, n, device=backend.device), torch.randn(n, device=backend.device)
-    tensors = [t.requires_grad_() for t in (x, weight)]
-    y, theirs = (op(x, (n,), weight, 1e-5) for op in (backend, F.rms_norm))
-    dy = torch.randn_like(y)
-    arrays = [t.detach().double().cpu().numpy() for t in tensors]
-    assert grade(y, rms_norm(arrays[0], (n,), arrays[1], 1e-5), theirs).ok
-    oracle = rms_norm_grad(dy.double().cpu().numpy(), arrays[0], (n,), arrays[1], 1e-5)
-    for got, wanted, other in zip(
-        torch.autograd.grad(y, tensors, dy), oracle, torch.autograd.grad(theirs, tensors, dy), strict=True
-    ):
-        result = grade(got, wanted, other, gradient=True, reduction=2)
-        assert result.ok, result
-
-
-@pytest.mark.parametrize("backend", backends_for(OP, torch.float32, without=TORCH))
 @pytest.mark.parametrize("rows", [1, 7, 64, 129])  # one, odd, a block of rows, two blocks and one
 def test_weight_gradients_add_up_over_rows(backend, rows):
     x, dy = (torch.randn(rows, 5, device=backend.device) for _ in range(2))
