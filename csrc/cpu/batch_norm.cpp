@@ -62,9 +62,12 @@ struct Apply {
 
   template <bool ADD, Tail TAIL>
   static void planes(const BatchNorm& a, int64_t begin, int64_t end) {
-    each_plane_piece_back(a.shape, a.cut, begin, end, [&](int64_t channel, const Piece& piece) {
-      apply_piece<ADD, TAIL, T, C>(a, channel, piece);
-    });
+    const auto apply = [&](int64_t channel, const Piece& piece) { apply_piece<ADD, TAIL, T, C>(a, channel, piece); };
+    if (a.out_mean != nullptr) {
+      each_plane_piece_back(a.shape, a.cut, begin, end, apply);
+    } else {
+      each_plane_piece(a.shape, a.cut, begin, end, apply);
+    }
   }
 
   template <bool ADD, Tail TAIL>
@@ -79,6 +82,14 @@ struct Apply {
 
   template <bool ADD, Tail TAIL>
   static void rows(const BatchNorm& a, int64_t begin, int64_t end) {
+    if (a.out_mean == nullptr) {  // no pass before this one
+      const int64_t full = smaller(end, a.cut.full);
+      int64_t row = begin;
+      for (; row + 4 <= full; row += 4) apply_rows<ADD, TAIL, 4, T, C>(a, row, a.cut.width);
+      for (; row < full; ++row) apply_rows<ADD, TAIL, 1, T, C>(a, row, a.cut.width);
+      if (end > a.cut.full) apply_rows<ADD, TAIL, 1, T, C>(a, a.cut.full, a.cut.rest);
+      return;
+    }
     // from the last to the first: what the statistics read last is in the cache
     if (end > a.cut.full) apply_rows<ADD, TAIL, 1, T, C>(a, a.cut.full, a.cut.rest);
     int64_t row = smaller(end, a.cut.full);

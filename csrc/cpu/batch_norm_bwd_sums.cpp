@@ -8,6 +8,15 @@ namespace {
 
 // ---- sums over planes
 
+// Planes of up to this many elements end before the hardware has seen where a channel goes on.
+constexpr int64_t kShortPlane = 256, kPlanesAhead = 4;
+
+template <class T>
+inline void prefetch(const T* p, int64_t n) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(p) / 64 * 64, last = reinterpret_cast<uintptr_t>(p + n);
+  for (uintptr_t line = first; line < last; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(line));
+}
+
 template <bool MASK, class T, class C>
 void plane_sums(const BatchNormBwd& a, int64_t channel, int64_t chunk) {
   const Cut& cut = a.cut;
@@ -22,7 +31,13 @@ void plane_sums(const BatchNormBwd& a, int64_t channel, int64_t chunk) {
     for (int slot = 0; slot < 4; ++slot) t[slot] = p[slot] = Vec<C>{};
     held = 0;
   };
+  const int64_t ahead = kPlanesAhead * a.shape.channels * a.shape.inner;
+  const bool fetch = a.shape.inner <= kShortPlane;
   each_piece(a.shape, cut, channel, first, last, [&](const Piece& piece) {
+    if (fetch) {
+      prefetch(static_cast<const T*>(a.x) + piece.offset + ahead, piece.n);
+      prefetch(static_cast<const T*>(a.dy) + piece.offset + ahead, piece.n);
+    }
     for (int64_t start = 0; start < piece.n; start += kSumBlock) {
       const T* x = static_cast<const T*>(a.x) + piece.offset + start;
       const T* dy = static_cast<const T*>(a.dy) + piece.offset + start;

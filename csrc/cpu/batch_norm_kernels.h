@@ -71,7 +71,20 @@ inline void each_piece_back(const Channels& s, const Cut& cut, int64_t channel, 
   }
 }
 
-// Pieces begin ... end - 1 of all planes as they lie in memory, from the last to the first.
+// Pieces begin ... end - 1 of all planes as they lie in memory.
+template <class F>
+inline void each_plane_piece(const Channels& s, const Cut& cut, int64_t begin, int64_t end, F&& f) {
+  int64_t plane = begin / cut.pieces, k = begin - plane * cut.pieces, channel = plane % s.channels;
+  for (int64_t item = begin; item < end; ++item) {
+    f(channel, piece_of(s, cut, plane, k));
+    if (++k < cut.pieces) continue;
+    k = 0;
+    ++plane;
+    if (++channel == s.channels) channel = 0;
+  }
+}
+
+// The same from the last to the first: what the pass before read last is in the cache.
 template <class F>
 inline void each_plane_piece_back(const Channels& s, const Cut& cut, int64_t begin, int64_t end, F&& f) {
   int64_t plane = (end - 1) / cut.pieces, k = end - 1 - plane * cut.pieces, channel = plane % s.channels;
