@@ -106,7 +106,12 @@ void scatter_items(const PoolBwd& a, C* sums, int64_t begin, int64_t end) {
     T* dx = static_cast<T*>(a.dx) + item * inputs;
     if constexpr (is_same<T, C>) sums = dx;
     sweep<C>(inputs, [&](int64_t i, int, auto extent) { store(sums + i, Vec<C>{}, extent); });
-    for (int64_t row = 0; row < rows; ++row, dy += row_outputs, index += row_outputs) {
+    if (!LAST && rows * s.w.out == 1) {  // a window for a plane: nothing to prepare for its neighbours
+      const int64_t at = resolve(*index, 0, 0, 0);
+      if (at >= 0) sums[at] += to_compute(*dy);
+    }
+    for (int64_t row = LAST || rows * s.w.out > 1 ? 0 : rows; row < rows;
+         ++row, dy += row_outputs, index += row_outputs) {
       const int64_t od = row / s.h.out, oh = row % s.h.out;
       const auto add = [&](int64_t at, int64_t o, int64_t c) {
         if (uint64_t(at) < uint64_t(pixels)) sums[at * inner + c] += to_compute(dy[o]);

@@ -19,10 +19,11 @@ struct Unpool {
 namespace PYDL_ISA {
 namespace {
 
-template <class T>
+// Items are planes, or images with all their channels if LAST.
+template <bool LAST, class T>
 void place_items(const Unpool& a, int64_t begin, int64_t end) {
   const PoolShape& s = a.shape;
-  const int64_t inner = s.channels_last ? s.channels : 1, n = s.d.out * s.h.out * s.w.out;
+  const int64_t inner = LAST ? s.channels : 1, n = s.d.out * s.h.out * s.w.out;
   const int64_t pixels = s.d.in * s.h.in * s.w.in;
   for (int64_t item = begin; item < end; ++item) {
     T* y = static_cast<T*>(a.y) + item * pixels * inner;
@@ -65,7 +66,8 @@ void max_unpool_take(const PoolBwd& a, int64_t begin, int64_t end) {
 
 // Planes of the contiguous layout, or images of the channels-last layout, [begin, end).
 void max_unpool_place(const Unpool& a, int64_t begin, int64_t end) {
-  PYDL_FLOAT_SWITCH(a.dtype, place_items<T>(a, begin, end));
+  PYDL_FLOAT_SWITCH(a.dtype,
+                    a.shape.channels_last ? place_items<true, T>(a, begin, end) : place_items<false, T>(a, begin, end));
 }
 
 }  // namespace PYDL_ISA
