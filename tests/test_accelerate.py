@@ -14,11 +14,14 @@ from torch.nn.utils import parametrize, prune, weight_norm
 import pydl
 
 DROP_INS = [name for name in pydl.nn.__all__ if hasattr(nn, name)]
-ARGUMENTS = {"LayerNorm": ((6, 4),), "LocalResponseNorm": (5,), "RMSNorm": ((6, 4),)}
-ARGUMENTS |= {name: (5,) for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")}
+ARGUMENTS = {"LayerNorm": ((6, 4),), "LocalResponseNorm": (5,), "RMSNorm": ((6, 4),), "GroupNorm": (1, 5)}
+ARGUMENTS |= {f"{kind}Norm{dims}d": (5,) for kind in ("Batch", "Instance") for dims in (1, 2, 3)} | {
+    "SyncBatchNorm": (5,)
+}
 ARGUMENTS |= {f"{kind}Pool{dims}d": (3, 2, 1) for kind in ("Avg", "Max") for dims in (1, 2, 3)}
 ARGUMENTS |= {f"Adaptive{kind}Pool{dims}d": (2,) for kind in ("Avg", "Max") for dims in (1, 2, 3)}
-SHAPES = {"BatchNorm1d": (2, 5, 24), "BatchNorm3d": (2, 5, 3, 2, 4)}
+SHAPES = {f"{kind}Norm1d": (2, 5, 24) for kind in ("Batch", "Instance")}
+SHAPES |= {f"{kind}Norm3d": (2, 5, 3, 2, 4) for kind in ("Batch", "Instance")}
 ARGUMENTS |= {f"{kind}{dims}d": args for kind, args in (("LPPool", (2, 2)), ("MaxUnpool", (2,))) for dims in (1, 2, 3)}
 SHAPES |= {f"{kind}Pool1d": (2, 5, 24) for kind in ("Avg", "Max", "AdaptiveAvg", "AdaptiveMax", "LP")}
 

@@ -10,6 +10,8 @@ namespace pydl::PYDL_ISA {
 
 // Statistics of chunks (planes: channel * chunks + chunk) into `partial`.
 void batch_norm_plane_stats(const BatchNorm& a, int64_t begin, int64_t end);
+// The same of chunks of rows; the buffer holds three wide rows of the compute type.
+void batch_norm_row_stats(const BatchNorm& a, void* buffer, int64_t begin, int64_t end);
 // Mean and variance of channels from `partial`, and their coefficients.
 void batch_norm_merge(const BatchNorm& a, int64_t begin, int64_t end);
 

@@ -1,0 +1,437 @@
+// Group normalisation, backward. With dz the gradient behind the activation, which is found from x once more, D values
+// in a group, xhat = (x - mean) * rstd and g = dz * weight:
+//   dbias = sum dz,  dweight = sum dz * xhat,  dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd.
+// The sums of dz and of dz * (x - mean) of each channel of each sample give the means over a group, and the gradients
+// of the parameters by a sum over samples in their order.
+
+#include "cpu/group_norm_kernels.h"
+
+namespace pydl {
+namespace PYDL_ISA {
+namespace {
+
+// What dx needs of a group: dx = ((dz * weight - along) - (x - mean) * slope) * rstd.
+template <class C>
+struct GroupSlope {
+  C along, slope;
+};
+
+template <class T>
+struct Backward {
+  using C = compute_t<T>;
+
+  static C* sums_of(const GroupNorm& a, int64_t n) { return static_cast<C*>(a.sums) + n * 2 * a.channels; }
+  static const C* table_of(const GroupNorm& a, int64_t n) { return static_cast<const C*>(a.table) + n * a.groups; }
+
+  static GroupSlope<C> slope_of(const GroupNorm& a, int64_t n, int64_t g) {
+    const C *sums = sums_of(a, n), *weight = static_cast<const C*>(a.weight);
+    const int64_t width = a.group_channels();
+    double total = 0, dot = 0;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      total += double(weight[c]) * double(sums[c]);
+      dot += double(weight[c]) * double(sums[a.channels + c]);
+    }
+    const double rstd = table_of(a, n)[a.all_groups() + g], each = 1 / double(a.group_size());
+    return {C(total * each), C(dot * each * rstd * rstd)};
+  }
+
+  // What a channel of a sample has in common.
+  struct Constants {
+    Vec<C> mean, rstd, weight, scale, shift;
+    Constants(const GroupNorm& a, int64_t n, int64_t c) {
+      const C* table = table_of(a, n) + c / a.group_channels();
+      const C r = table[a.all_groups()], w = static_cast<const C*>(a.weight)[c];
+      mean = splat(table[0]);
+      rstd = splat(r);
+      weight = splat(w);
+      scale = splat(r * w);
+      shift = splat(static_cast<const C*>(a.bias)[c]);
+    }
+  };
+
+  // ---- planes
+
+  template <Activation ACT>
+  static void plane_sums(const GroupNorm& a, int64_t plane, int64_t) {
+    const int64_t n = plane / a.channels, c = plane - n * a.channels;
+    const Constants k(a, n, c);
+    double total = 0, along = 0;
+    for (int64_t start = 0; start < a.inner; start += kSumBlock) {
+      const int64_t offset = plane * a.inner + start;
+      const T *x = static_cast<const T*>(a.x) + offset, *dy = static_cast<const T*>(a.dy) + offset;
+      Vec<C> t[4] = {}, p[4] = {};
+      sweep<C>(smaller(kSumBlock, a.inner - start), [&](int64_t i, int slot, auto extent) {
+        const Vec<C> d = load(x + i, extent, k.mean) - k.mean;  // of a missing lane 0: 0 * inf would leave a NaN
+        const Vec<C> dz = through<ACT, C>(load(dy + i, extent), d * k.scale + k.shift);
+        t[slot] += dz;
+        p[slot] += dz * d;
+      });
+      total += double(sum(add_up(t)));
+      along += double(sum(add_up(p)));
+    }
+    C* sums = sums_of(a, n);
+    sums[c] = C(total);
+    sums[a.channels + c] = C(along);
+  }
+
+  template <Activation ACT>
+  static void dx_piece(const GroupNorm& a, int64_t n, int64_t c, const GroupSlope<C>& s, int64_t start, int64_t size) {
+    const Constants k(a, n, c);
+    const Vec<C> along = splat(s.along), slope = splat(s.slope);
+    const int64_t offset = (n * a.channels + c) * a.inner + start;
+    const T *x = static_cast<const T*>(a.x) + offset, *dy = static_cast<const T*>(a.dy) + offset;
+    T* dx = static_cast<T*>(a.dx) + offset;
+    sweep<C>(size, [&](int64_t i, int, auto extent) {
+      const Vec<C> d = load(x + i, extent) - k.mean;
+      const Vec<C> dz = through<ACT, C>(load(dy + i, extent), d * k.scale + k.shift);
+      // In this order equal terms cancel exactly, as they must where a group has one or two values.
+      store(dx + i, ((dz * k.weight - along) - d * slope) * k.rstd, extent);
+    });
+  }
+
+  // Planes of one value each: the group is a row of channels.
+  template <Activation ACT>
+  static void single_values(const GroupNorm& a, int64_t n, int64_t g) {
+    const int64_t width = a.group_channels(), first = g * width, offset = n * a.channels + first;
+    const C *table = table_of(a, n) + g, *weight = static_cast<const C*>(a.weight) + first;
+    const C* bias = static_cast<const C*>(a.bias) + first;
+    const Vec<C> mean = splat(table[0]), rstd = splat(table[a.all_groups()]);
+    const T *x = static_cast<const T*>(a.x) + offset, *dy = static_cast<const T*>(a.dy) + offset;
+    C *totals = sums_of(a, n) + first, *alongs = totals + a.channels;
+    sweep<C>(width, [&](int64_t i, int, auto extent) {
+      const Vec<C> d = load(x + i, extent) - mean;
+      const Vec<C> z = d * (rstd * load(weight + i, extent)) + load(bias + i, extent);
+      const Vec<C> dz = through<ACT, C>(load(dy + i, extent), z);
+      store(totals + i, dz, extent);
+      store(alongs + i, dz * d, extent);
+    });
+    if (a.dx == nullptr) return;
+    const GroupSlope<C> s = slope_of(a, n, g);
+    T* dx = static_cast<T*>(a.dx) + offset;
+    sweep<C>(width, [&](int64_t i, int, auto extent) {
+      const Vec<C> d = load(x + i, extent) - mean, dz = load(totals + i, extent);
+      store(dx + i, ((dz * load(weight + i, extent) - s.along) - d * s.slope) * rstd, extent);
+    });
+  }
+
+  template <Activation ACT>
+  static void group(const GroupNorm& a, int64_t i, int64_t) {
+    const int64_t n = i / a.groups, g = i - n * a.groups, width = a.group_channels(), first = g * width;
+    if (a.inner == 1) return single_values<ACT>(a, n, g);
+    for (int64_t c = first; c < first + width; ++c) plane_sums<ACT>(a, n * a.channels + c, 0);
+    if (a.dx == nullptr) return;
+    const GroupSlope<C> s = slope_of(a, n, g);
+    for (int64_t c = first + width; c-- > first;) dx_piece<ACT>(a, n, c, s, 0, a.inner);
+  }
+
+  template <Activation ACT>
+  static void planes(const GroupNorm& a, int64_t begin, int64_t end) {
+    each_piece_of_planes(a.inner, kPlanePiece, begin, end, [&](int64_t plane, int64_t start, int64_t size) {
+      const int64_t n = plane / a.channels, c = plane - n * a.channels;
+      dx_piece<ACT>(a, n, c, slope_of(a, n, c / a.group_channels()), start, size);
+    });
+  }
+
+  // ---- rows; the tables of a sample's columns begin with mean, scale and shift
+
+  static void columns_of(const GroupNorm& a, int64_t n, bool slopes, C* columns) {
+    const int64_t width = a.stats.cut.width;
+    for (int64_t c = 0, g = 0; g < a.groups; ++g) {
+      const C mean = table_of(a, n)[g], rstd = table_of(a, n)[a.all_groups() + g];
+      const GroupSlope<C> s = slopes ? slope_of(a, n, g) : GroupSlope<C>{};
+      for (int64_t stop = c + a.group_channels(); c < stop; ++c) {
+        const C weight = static_cast<const C*>(a.weight)[c];
+        const C values[kColumns] = {mean,    rstd * weight, static_cast<const C*>(a.bias)[c], weight, s.along,
+                                    s.slope, rstd};
+        for (int64_t t = 0; t < (slopes ? kColumns : 3); ++t) columns[t * width + c] = values[t];
+      }
+    }
+    repeat_columns(columns, slopes ? kColumns : 3, width, a.channels);
+  }
+
+  template <Activation ACT, int R>
+  static void add_rows(const T* x, const T* dy, const C* columns, int64_t width, int64_t size, C* total, C* along) {
+    sweep<C>(size, [&](int64_t i, int, auto extent) {
+      const Vec<C> mean = load(columns + i, extent), scale = load(columns + width + i, extent);
+      const Vec<C> shift = load(columns + 2 * width + i, extent);
+      Vec<C> t = {}, p = {};
+      for (int r = 0; r < R; ++r) {
+        const Vec<C> d = load(x + r * width + i, extent) - mean;
+        const Vec<C> dz = through<ACT, C>(load(dy + r * width + i, extent), d * scale + shift);
+        t += dz;
+        p += dz * d;
+      }
+      store(total + i, load(total + i, extent) + t, extent);
+      store(along + i, load(along + i, extent) + p, extent);
+    });
+  }
+
+  // Sums of chunks first ... last - 1 of sample n into the partial sums.
+  template <Activation ACT>
+  static void row_sums(const GroupNorm& a, C* columns, int64_t n, int64_t first, int64_t last) {
+    const Cut& cut = a.stats.cut;
+    const int64_t width = cut.width;
+    columns_of(a, n, false, columns);
+    C *total = columns + kColumns * width, *along = total + width;
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const bool rest = chunk == cut.chunks;  // what is left of the last wide row
+      const int64_t size = rest ? cut.rest : width;
+      int64_t row = rest ? cut.full : chunk * cut.chunk_rows;
+      const int64_t stop = rest ? row + 1 : smaller(row + cut.chunk_rows, cut.full);
+      const int64_t offset = n * a.inner * a.channels;
+      const T *x = static_cast<const T*>(a.x) + offset, *dy = static_cast<const T*>(a.dy) + offset;
+      for (int64_t i = 0; i < size; ++i) total[i] = along[i] = 0;
+      for (; row + 8 <= stop; row += 8) {
+        add_rows<ACT, 8>(x + row * width, dy + row * width, columns, width, size, total, along);
+      }
+      for (; row < stop; ++row) {
+        add_rows<ACT, 1>(x + row * width, dy + row * width, columns, width, size, total, along);
+      }
+      double* out = a.stats.partial + (n * a.chunks() + chunk) * 2 * width;
+      for (int64_t i = 0; i < size; ++i) {
+        out[i] = total[i];
+        out[width + i] = along[i];
+      }
+    }
+  }
+
+  // The chunks of sample n added up.
+  static void merge_sample(const GroupNorm& a, int64_t n) {
+    const int64_t width = a.stats.cut.width;
+    for (int64_t half = 0; half < 2; ++half) {
+      for (int64_t start = 0; start < a.channels; start += kBlock) {
+        const int64_t size = smaller(kBlock, a.channels - start);
+        double totals[kBlock] = {};
+        for (int64_t chunk = 0; chunk < a.chunks(); ++chunk) {
+          const double* partial = a.stats.partial + ((n * a.chunks() + chunk) * 2 + half) * width;
+          // of a shorter wide row nothing else has been written
+          const int64_t end = chunk == a.stats.cut.chunks ? a.stats.cut.rest : width;
+          for (int64_t copy = 0; copy < end; copy += a.channels) {
+            for (int64_t i = 0; i < size; ++i) totals[i] += partial[copy + start + i];
+          }
+        }
+        C* sums = sums_of(a, n) + half * a.channels + start;
+        for (int64_t i = 0; i < size; ++i) sums[i] = C(totals[i]);
+      }
+    }
+  }
+
+  template <Activation ACT, int... R>
+  static void dx_rows(const T* x, const T* dy, T* dx, const C* columns, int64_t width, int64_t size, Indices<R...>) {
+    sweep<C>(size, [&](int64_t i, int, auto extent) {
+      const auto column = [&](int64_t t) { return load(columns + t * width + i, extent); };
+      const Vec<C> mean = column(0), weight = column(3), along = column(4), slope = column(5), rstd = column(6);
+      const Vec<C> scale = ACT == kNone ? mean : column(1), shift = ACT == kNone ? mean : column(2);
+      for (int r = 0; r < int(sizeof...(R)); ++r) {
+        const Vec<C> d = load(x + r * width + i, extent) - mean;
+        const Vec<C> dz = through<ACT, C>(load(dy + r * width + i, extent), d * scale + shift);
+        store(dx + r * width + i, ((dz * weight - along) - d * slope) * rstd, extent);
+      }
+    });
+  }
+
+  template <Activation ACT>
+  static void rows(const GroupNorm& a, C* columns, int64_t n, int64_t first, int64_t last) {
+    const int64_t width = a.stats.cut.width, offset = n * a.inner * a.channels;
+    columns_of(a, n, true, columns);
+    each_rows_back(a.stats.cut, first, last, [&](int64_t row, auto rows, int64_t size) {
+      const int64_t at = offset + row * width;
+      dx_rows<ACT>(static_cast<const T*>(a.x) + at, static_cast<const T*>(a.dy) + at, static_cast<T*>(a.dx) + at,
+                   columns, width, size, rows);
+    });
+  }
+
+  // ---- parameters
+
+  // Channels begin ... end - 1 of half 0 (dz) or 1 (dz * xhat), over the samples.
+  static void parameter(const GroupNorm& a, int64_t half, void* out, int64_t begin, int64_t end) {
+    const int64_t width = a.group_channels();
+    for (int64_t start = begin; start < end; start += kBlock) {
+      double totals[kBlock] = {};
+      const int64_t stop = smaller(end, start + kBlock);
+      for (int64_t n = 0; n < a.samples; ++n) {
+        const C* sums = sums_of(a, n) + half * a.channels;
+        const C* rstd = table_of(a, n) + a.all_groups();
+        for (int64_t c = start, g = start / width; c < stop; ++g) {
+          const int64_t last = smaller(stop, (g + 1) * width);
+          const double factor = half == 1 ? double(rstd[g]) : 1.0;
+          for (; c < last; ++c) totals[c - start] += double(sums[c]) * factor;
+        }
+      }
+      for (int64_t c = start; c < stop; ++c) static_cast<C*>(out)[c] = C(totals[c - start]);
+    }
+  }
+};
+
+template <class T>
+void sample_sums(const GroupNorm& a, void* buffer, int64_t n, int64_t first, int64_t last) {
+  PYDL_WITH_ACTIVATION(Backward<T>::template row_sums, a, static_cast<compute_t<T>*>(buffer), n, first, last);
+}
+template <class T>
+void sample_dx(const GroupNorm& a, void* buffer, int64_t n, int64_t first, int64_t last) {
+  PYDL_WITH_ACTIVATION(Backward<T>::template rows, a, static_cast<compute_t<T>*>(buffer), n, first, last);
+}
+
+}  // namespace
+
+// The table of groups [begin, end): their means, and rstd from their variances.
+void group_norm_bwd_table(const GroupNorm& a, int64_t begin, int64_t end) {
+  PYDL_FLOAT_SWITCH(a.dtype, {
+    auto* table = static_cast<compute_t<T>*>(a.table);
+    const auto *mean = static_cast<const compute_t<T>*>(a.mean), *var = static_cast<const compute_t<T>*>(a.var);
+    for (int64_t i = begin; i < end; ++i) {
+      table[i] = mean[i];
+      table[a.all_groups() + i] = compute_t<T>(1 / __builtin_sqrt(double(var[i]) + a.eps));
+    }
+  });
+}
+
+// Sums of planes [begin, end), or of the chunks of all samples; the buffer holds kColumns + 2 wide rows.
+void group_norm_bwd_sums(const GroupNorm& a, void* buffer, int64_t begin, int64_t end) {
+  if (a.rows) {
+    each_sample(a.chunks(), begin, end, [&](int64_t n, int64_t first, int64_t last) {
+      PYDL_FLOAT_SWITCH(a.dtype, sample_sums<T>(a, buffer, n, first, last));
+    });
+    return;
+  }
+  for (int64_t plane = begin; plane < end; ++plane) {
+    PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_ACTIVATION(Backward<T>::template plane_sums, a, plane, 0));
+  }
+}
+
+// The sums of samples [begin, end) of rows from those of their chunks.
+void group_norm_bwd_merge(const GroupNorm& a, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) PYDL_FLOAT_SWITCH(a.dtype, Backward<T>::merge_sample(a, n));
+}
+
+// dx of pieces [begin, end) of all planes, or of wide rows of all samples.
+void group_norm_bwd_dx(const GroupNorm& a, void* buffer, int64_t begin, int64_t end) {
+  if (!a.rows) {
+    PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_ACTIVATION(Backward<T>::template planes, a, begin, end));
+    return;
+  }
+  each_sample(a.sample_rows(), begin, end, [&](int64_t n, int64_t first, int64_t last) {
+    PYDL_FLOAT_SWITCH(a.dtype, sample_dx<T>(a, buffer, n, first, last));
+  });
+}
+
+// Sums and dx of groups [begin, end), or of samples.
+void group_norm_bwd_units(const GroupNorm& a, void* buffer, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (!a.rows) {
+      PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_ACTIVATION(Backward<T>::template group, a, i, 0));
+      continue;
+    }
+    PYDL_FLOAT_SWITCH(a.dtype, sample_sums<T>(a, buffer, i, 0, a.chunks()));
+    group_norm_bwd_merge(a, i, i + 1);
+    if (a.dx != nullptr) PYDL_FLOAT_SWITCH(a.dtype, sample_dx<T>(a, buffer, i, 0, a.sample_rows()));
+  }
+}
+
+// dweight and dbias of channels [begin, end).
+void group_norm_bwd_parameters(const GroupNorm& a, int64_t begin, int64_t end) {
+  PYDL_FLOAT_SWITCH(a.dtype, {
+    if (a.dbias != nullptr) Backward<T>::parameter(a, 0, a.dbias, begin, end);
+    if (a.dweight != nullptr) Backward<T>::parameter(a, 1, a.dweight, begin, end);
+  });
+}
+
+}  // namespace PYDL_ISA
+}  // namespace pydl
+
+#if PYDL_ISA_LEVEL == 0
+
+namespace pydl {
+
+PYDL_CPU_DECLARE(void, group_norm_bwd_table, const GroupNorm&, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, group_norm_bwd_sums, const GroupNorm&, void*, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, group_norm_bwd_merge, const GroupNorm&, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, group_norm_bwd_dx, const GroupNorm&, void*, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, group_norm_bwd_units, const GroupNorm&, void*, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, group_norm_bwd_parameters, const GroupNorm&, int64_t, int64_t)
+
+namespace {
+
+void run_backward(GroupNorm& a) {
+  const int64_t item = size_of(compute_dtype(a.dtype)), size = a.samples * a.channels * a.inner;
+  const int64_t units = a.rows ? a.samples : a.all_groups();
+  const Scratch table(2 * a.all_groups() * item), sums(2 * a.samples * a.channels * item);
+  const Scratch partial(a.rows ? a.samples * a.chunks() * 2 * a.stats.cut.width * 8 : 0);
+  a.table = table.get();
+  a.sums = sums.get();
+  a.stats.partial = partial.get<double>();
+  const auto run = [&](int64_t count, auto kernel) {
+    parallel(count, 2 * (size / count), [&](int64_t begin, int64_t end) {
+      const Scratch buffer(a.rows ? (kColumns + 2) * a.stats.cut.width * item : 0);
+      kernel(a, buffer.get(), begin, end);
+    });
+  };
+  PYDL_CPU_DISPATCH(group_norm_bwd_table)(a, 0, a.all_groups());
+  if (by_unit(units) || a.inner == 1) {
+    run(units, PYDL_CPU_DISPATCH(group_norm_bwd_units));
+  } else {
+    run(a.rows ? units * a.chunks() : a.samples * a.channels, PYDL_CPU_DISPATCH(group_norm_bwd_sums));
+    if (a.rows) PYDL_CPU_DISPATCH(group_norm_bwd_merge)(a, 0, units);
+    if (a.dx != nullptr) {
+      run(a.rows ? a.samples * a.sample_rows() : a.samples * a.channels * ceil_of(a.inner, kPlanePiece),
+          PYDL_CPU_DISPATCH(group_norm_bwd_dx));
+    }
+  }
+  if (a.dweight == nullptr && a.dbias == nullptr) return;
+  parallel(a.channels, 2 * a.samples,
+           [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(group_norm_bwd_parameters)(a, begin, end); });
+}
+
+// A statistic of all groups in the compute type, as contiguous memory.
+struct Statistic {
+  Statistic(const char* op, const char* name, const Tensor& t, const GroupNorm& a)
+      : given(op, name, t, a.all_groups()) {
+    const Dtype compute = compute_dtype(a.dtype);
+    STD_TORCH_CHECK(given.value.dtype == compute, op, ": ", name, " must be ", name_of(compute), ", got ",
+                    name_of(given.value.dtype));
+  }
+  Operand given;
+};
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_bwd(const Tensor& dy_in, const Tensor& x_in, const Tensor& mean,
+                                                  const Tensor& var, const std::optional<Tensor>& weight,
+                                                  const std::optional<Tensor>& bias, int64_t groups, int64_t activation,
+                                                  double eps, const std::vector<bool>& output_mask) {
+  const char* const op = "group_norm_bwd";
+  const Array meta(x_in);
+  const Layout layout(op, meta);
+  GroupNorm a = describe_groups(op, meta, layout, groups, activation, eps);
+  STD_TORCH_CHECK(output_mask.size() == 3, op, ": output_mask must have 3 entries, got ", output_mask.size());
+  const Dtype compute = compute_dtype(a.dtype);
+  const ChannelParameter w(op, "weight", weight, a.channels, 1.0, compute);
+  const ChannelParameter b(op, "bias", bias, a.channels, 0.0, compute);
+  const Statistic mu(op, "mean", mean, a), sigma(op, "var", var, a);
+  const Dense x = layout.dense_in(op, "x", x_in, meta, a.dtype), dy = layout.dense_in(op, "dy", dy_in, a.dtype);
+  Output dx = output_mask[0] ? empty_like(layout, a.dtype) : empty_vector(0, a.dtype);
+  Output dweight = empty_vector(output_mask[1] ? a.channels : 0, compute);
+  Output dbias = empty_vector(output_mask[2] ? a.channels : 0, compute);
+  a.x = x.data;
+  a.dy = dy.data;
+  a.mean = mu.given.value.data;
+  a.var = sigma.given.value.data;
+  a.weight = w.values.get();
+  a.bias = b.values.get();
+  a.dx = output_mask[0] ? dx.data : nullptr;
+  a.dweight = output_mask[1] ? dweight.data : nullptr;
+  a.dbias = output_mask[2] ? dbias.data : nullptr;
+  if (a.samples * a.channels * a.inner > 0) {
+    if (output_mask[0] || output_mask[1] || output_mask[2]) run_backward(a);
+  } else {
+    for (void* out : {a.dweight, a.dbias}) {
+      if (out != nullptr && a.channels > 0) std::memset(out, 0, size_t(a.channels * size_of(compute)));
+    }
+  }
+  return {std::move(dx.tensor), std::move(dweight.tensor), std::move(dbias.tensor)};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pydl, CPU, m) { m.impl("group_norm_bwd", TORCH_BOX(&group_norm_bwd)); }
+
+}  // namespace
+}  // namespace pydl
+
+#endif
