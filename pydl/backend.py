@@ -217,12 +217,12 @@ def choose(family: Family, x: Tensor, declined: str = "", best: str = "") -> Dec
         declined = "vmap is left to torch, whose own ops need no loop over the batch"
     if not declined and _jit_is_tracing():
         declined = "torch.jit.trace is left to torch: its graph cannot hold a Python autograd.Function"
-    if declined or best:
+    if declined:
         decision = _resolve(family, x.device, x.dtype, _kind(x), declined, _forced, best)
     else:
-        key = (x.device, x.dtype, type(x), _forced)
+        key = (x.device, x.dtype, type(x), _forced, best)
         cached = family._cache.get(key)
-        decision = cached or _resolve(family, x.device, x.dtype, _kind(x), "", _forced)
+        decision = cached or _resolve(family, x.device, x.dtype, _kind(x), "", _forced, best)
         if cached is None and not decision.fallback:
             family._cache[key] = decision
     if _traces or _log.level == logging.INFO:
