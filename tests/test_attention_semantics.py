@@ -278,6 +278,8 @@ def test_errors(change, kind, says):
         dict(attn_mask=torch.ones(65, 65).double()),
         dict(key=torch.zeros(1, 2, 65, 15)),
         dict(dropout_p=2.0),
+        dict(query=None),
+        dict(value=[1.0]),
     ],
 )
 def test_what_torch_refuses_is_refused(change):

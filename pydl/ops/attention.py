@@ -228,25 +228,15 @@ def scaled_dot_product_attention(
         [N, ..., H, L, Ev].
 
     Raises:
+        TypeError: query, key or value is no tensor.
         RuntimeError: what torch refuses.
 
     Calls without attn_mask, with dropout, or of other than three or four dimensions go to torch, and so do small ones
     on the CPU. A query without an allowed key gives 0.
     """
-    declined = ""
-    regular = all(isinstance(t, Tensor) and t.dim() == query.dim() for t in (query, key, value))
-    if not regular or query.dim() not in (3, 4):
-        declined = "other than three or four dimensions are left to torch"
-    elif dropout_p > 0.0:
-        declined = "dropout is left to torch"
-    elif attn_mask is not None and (is_causal or not _same_kind(query, attn_mask)):
-        declined = "a mask beside is_causal, or of another dtype or device, is left to torch"
-    elif query.shape[:-3] != key.shape[:-3] or not enable_gqa and query.shape[-3] != key.shape[-3]:
-        declined = "broadcast batch dimensions are left to torch"
-    else:
-        declined = _declined(query, value)
+    declined = _sdpa_declined(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     best = _PLAIN if attn_mask is None else ""
-    if not best and not declined and query.device.type == "cpu" and _is_small(query, key, value, attn_mask):
+    if not best and not declined and query.is_cpu and _is_small(query.shape, key.shape, value.shape, attn_mask):
         best = _SMALL
     decision = choose(_SDPA, query, declined, best)
     if decision.backend == "torch":
@@ -272,19 +262,38 @@ def scaled_dot_product_attention(
 _torch = torch.nn.functional.scaled_dot_product_attention
 
 
+def _sdpa_declined(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool
+) -> str:
+    """Why a call of torch's own signature is left to torch, be it valid or not; empty if it is not."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"scaled_dot_product_attention: argument {name!r} must be a Tensor, got {type(t).__name__}")
+    qs, ks, vs = query.shape, key.shape, value.shape
+    if not len(qs) == len(ks) == len(vs) or len(qs) not in (3, 4):
+        return "other than three or four dimensions are left to torch"
+    if dropout_p > 0.0:
+        return "dropout is left to torch"
+    if attn_mask is not None and (is_causal or not _same_kind(query, attn_mask)):
+        return "a mask beside is_causal, or of another dtype or device, is left to torch"
+    if qs[:-3] != ks[:-3] or not enable_gqa and qs[-3] != ks[-3]:
+        return "broadcast batch dimensions are left to torch"
+    return _declined(query, value)
+
+
 def _same_kind(query: Tensor, attn_mask: Any) -> bool:
     fits = isinstance(attn_mask, Tensor) and attn_mask.dim() <= query.dim() and attn_mask.device == query.device
     return fits and attn_mask.dtype in (torch.bool, query.dtype)
 
 
-def _is_small(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> bool:
+def _is_small(q: torch.Size, k: torch.Size, v: torch.Size, mask: Any) -> bool:
     """Whether a map of tiles costs more than it saves: one block of queries and two of keys, or little work.
 
     Measured with masks of triangles and of lengths, two threads: 0.3 to 1.0 of torch's speed below, 0.95 to 1.3 above.
     torch composes the gradient of a mask from single operations, which is slower at every size.
     """
-    queries, keys = q.shape[-2], k.shape[-2]
-    work = q.numel() // max(queries * q.shape[-1], 1) * max(queries, 16) * keys * (q.shape[-1] + v.shape[-1])
+    queries, keys = q[-2], k[-2]
+    work = q[:-2].numel() * max(queries, 16) * keys * (q[-1] + v[-1])
     return not mask.requires_grad and (max(queries, keys) <= 128 or work < 2**24)
 
 
