@@ -194,6 +194,49 @@ def is_heavy(flags: dict[str, bool], softcap: float) -> bool:
     return flags["HAS_BIAS"] or softcap != 0.0 or sum(flags[kind] for kind in kinds) > 1
 
 
+# Where Triton 3.6 runs out of registers with the tiles chosen below: by arch, kernel, bytes of an element, bytes of a
+# row and whether masks are heavy. The largest of those tried that do not spill.
+_SMALLER = {
+    (80, "fwd", 2, 128, False): Tiles(128, 32, 8, 2),
+    (80, "fwd", 4, 256, True): Tiles(64, 16, 8, 1),
+    (80, "bwd", 2, 128, False): Tiles(32, 32, 8, 1),
+    (80, "bwd", 4, 64, True): Tiles(32, 64, 8, 1),
+    (80, "bwd", 4, 128, False): Tiles(32, 32, 8, 1),
+    (80, "bias", 2, 128, True): Tiles(32, 32, 8, 1),
+    (80, "bias", 2, 256, True): Tiles(32, 16, 8, 1),
+    (80, "bias", 4, 64, True): Tiles(32, 64, 8, 1),
+    (80, "bias", 4, 128, True): Tiles(64, 16, 8, 1),
+    (90, "fwd", 2, 128, True): Tiles(128, 32, 8, 3),
+    (90, "fwd", 2, 256, False): Tiles(128, 32, 8, 2),
+    (90, "fwd", 2, 512, True): Tiles(64, 32, 8, 1),
+    (90, "fwd", 4, 64, False): Tiles(64, 32, 4, 3),
+    (90, "fwd", 4, 128, False): Tiles(64, 32, 8, 2),
+    (90, "fwd", 4, 256, True): Tiles(64, 16, 8, 1),
+    (90, "bwd", 2, 128, True): Tiles(32, 64, 8, 1),
+    (90, "bwd", 2, 512, False): Tiles(16, 16, 4, 1),
+    (90, "bwd", 4, 64, True): Tiles(64, 32, 8, 1),
+    (90, "bwd", 4, 128, False): Tiles(32, 32, 8, 1),
+    (90, "bwd", 4, 128, True): Tiles(32, 16, 8, 1),
+    (90, "bwd", 4, 256, True): Tiles(16, 32, 8, 1),
+    (90, "bias", 2, 128, True): Tiles(32, 64, 8, 1),
+    (90, "bias", 2, 512, True): Tiles(16, 16, 4, 1),
+    (90, "bias", 4, 64, True): Tiles(64, 32, 8, 1),
+    (90, "bias", 4, 128, True): Tiles(32, 16, 8, 1),
+    (90, "bias", 4, 256, True): Tiles(32, 16, 4, 1),
+}
+_OLDER = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+
+
+def _fitted(tile: Tiles, kernel: str, queries: int, wide: int, itemsize: int, heavy: bool, arch: int) -> Tiles:
+    """The tile, or its replacement for an older Triton, with no more queries than there are."""
+    if _OLDER:
+        tile = _SMALLER.get((80 if arch < 90 else arch, kernel, itemsize, wide, heavy), tile)
+    block_m = tile.block_m
+    while block_m > 16 and block_m >= 2 * queries:
+        block_m //= 2
+    return tile._replace(block_m=block_m)
+
+
 @functools.lru_cache(maxsize=1024)
 def fwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) -> Tiles:
     """Tile of the forward: as many queries as registers hold beside the sums; fewer stages on small parts."""
@@ -204,15 +247,24 @@ def fwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) 
         block_n = 32 if wide > 256 or (wide == 256 and hopper and heavy) else 64
     else:
         block_m, block_n = (64, 32) if wide <= 512 else (32, 32)
-    while block_m > 16 and block_m >= 2 * queries:
-        block_m //= 2
     stages = 3 if wide <= 128 and hopper else 1 if itemsize == 4 and heavy else 2
-    return Tiles(block_m, block_n, 8 if block_m >= 64 else 4, stages)
+    tile = _fitted(Tiles(block_m, block_n, 8, stages), "fwd", queries, wide, itemsize, heavy, device.arch)
+    return tile if tile.block_m >= 64 else tile._replace(num_warps=4)
 
 
 @functools.lru_cache(maxsize=1024)
 def bwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) -> Tiles:
     """Tile of the backward, whose programs hold two sums and recompute the scores: the largest that do not spill."""
+    return _bwd_tiles("bwd", queries, d, itemsize, heavy, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def bias_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) -> Tiles:
+    """Tile of the bias gradient, which recomputes the gradient of the scores as the backward does."""
+    return _bwd_tiles("bias", queries, d, itemsize, heavy, device)
+
+
+def _bwd_tiles(kernel: str, queries: int, d: int, itemsize: int, heavy: bool, device: Device) -> Tiles:
     wide = head_block(d) * itemsize
     hopper = device.arch in (90, 100)
     block_m, block_n, num_warps = 32, 16, 8
@@ -228,9 +280,7 @@ def bwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) 
         block_n, num_warps = 16 if heavy else 32, 4
     elif itemsize == 4 and not hopper:
         block_m = 16
-    while block_m > 16 and block_m >= 2 * queries:
-        block_m //= 2
-    return Tiles(block_m, block_n, num_warps, 1)
+    return _fitted(Tiles(block_m, block_n, num_warps, 1), kernel, queries, wide, itemsize, heavy, device.arch)
 
 
 def near(t: Tensor) -> Tensor:

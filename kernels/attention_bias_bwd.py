@@ -16,7 +16,7 @@ from torch import Tensor
 from ._aot import Case
 from ._attention_aot import cases_of
 from ._attention_bwd import bwd_tile, delta_of
-from ._attention_tiles import bwd_tiles, head_block, is_heavy, load_rows, mask_arguments, near, precision_name
+from ._attention_tiles import bias_tiles, head_block, is_heavy, load_rows, mask_arguments, near, precision_name
 from ._launch import cdiv, device_facts, device_guard, require_dtype
 
 
@@ -140,7 +140,7 @@ def attention_bias_bwd(
     vectors = (mask, bias, key_lengths, key_padding, q_ids, k_ids, prefix)
     masks = mask_arguments(size, *vectors, tiles, (causal, left, right))
     heavy = is_heavy(masks.flags, softcap)
-    tile = bwd_tiles(queries, max(d, dv), q.element_size(), heavy, device_facts(q))
+    tile = bias_tiles(queries, max(d, dv), q.element_size(), heavy, device_facts(q))
     all_rows, all_columns = (n == 1 and full > 1 for n, full in zip(bias.shape[2:], size[2:], strict=True))
     row_tiles, column_tiles = cdiv(queries, tile.block_m), cdiv(keys, tile.block_n)
     programs = (1 if all_rows else row_tiles) * (1 if all_columns else column_tiles)
@@ -163,7 +163,7 @@ def aot_cases(arch: int) -> Iterator[Case]:
     """The tiles of usual head dimensions, for a band, a dense mask, and every mask at once."""
     for all_rows, all_columns in ((False, False), (True, False), (False, True)):
         extra = {"ALL_ROWS": all_rows, "ALL_COLUMNS": all_columns}
-        for case in cases_of(_attention_bias_bwd_kernel, arch, bwd_tiles, extra):
+        for case in cases_of(_attention_bias_bwd_kernel, arch, bias_tiles, extra):
             if case.constexprs["HAS_BIAS"]:
                 label = f"{case.label} {'one row' if all_rows else 'one column' if all_columns else 'tile'}"
                 yield case._replace(label=label, quick=case.quick or "bf16 ieee D=64" in label, num_stages=1)
