@@ -1,7 +1,7 @@
 """Layer normalisation of few and very wide rows: a row is cut into pieces, so that more programs than rows take part.
 
-How a row is cut depends on its shape alone, and every program adds the pieces in one order: the same bits on every run
-and every device. Traffic, in units of rows x columns elements:
+How a row is cut depends on its shape alone, and every program adds the pieces in one order: the same bits on every run,
+whatever the number of multiprocessors. Traffic, in units of rows x columns elements:
 
 - forward: each piece's statistics (read x), then y (read x, write y): 2 reads and 1 write;
 - backward: sums over columns for dx and over rows for dweight and dbias (read x and dy once for both), then dx (read x

@@ -162,7 +162,7 @@ def _transform_function(op: Op, overload: Any, setup_context: Formula, backward:
 def _flat(given: Any) -> tuple[Any, ...]:
     """As a Function gives gradients: None for a list of tensors, where an operator's formula gives a list of None."""
     given = given if isinstance(given, tuple) else (given,)
-    return tuple(None if isinstance(g, list) else g for g in given)
+    return tuple([None if isinstance(g, list) else g for g in given]) if list in map(type, given) else given
 
 
 def _function(op: Op, forward: Formula, backward: Formula, **body: Any) -> type:
@@ -183,6 +183,11 @@ def _lazy_triton(target: str) -> Formula:
         return loaded[0](*args)
 
     return launch
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; where it has it already, without the 2 us that ``to`` takes to find out."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def wants(tensors: Sequence[Tensor | None]) -> bool:

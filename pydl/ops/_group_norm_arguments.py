@@ -16,15 +16,30 @@ MaybeTensor = Tensor | None
 _FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
 
-def fits(x: Tensor, weight: MaybeTensor, bias: MaybeTensor, eps: float) -> bool:
+def fits(x: Tensor, groups: int, weight: MaybeTensor, bias: MaybeTensor, eps: float) -> bool:
     """Whether these are of the usual, plainly valid kind: a cheap test before the one that explains."""
     if not (isinstance(x, Tensor) and type(eps) is float and x.dtype in _FLOATS and not x.is_nested and x.dim() >= 2):
         return False
-    dtype, row, device = x.dtype, x.shape[1:2], x.device
+    dtype, shape, device = x.dtype, x.shape, x.device
+    if type(groups) is not int or groups <= 0 or shape[1] % groups != 0 or x.numel() // groups == 1:
+        return False
+    row = shape[1:2]
     for t in (weight, bias):
         if t is not None and not (isinstance(t, Tensor) and t.dtype is dtype and t.shape == row and t.device == device):
             return False
     return True
+
+
+def check(op: str, x: Tensor, groups: Any, weight: MaybeTensor, bias: MaybeTensor, eps: float) -> tuple[int, float]:
+    """Explains what does not fit; else num_groups and eps in Python's own numbers."""
+    check_input(op, x)
+    eps = number(op, "eps", eps)
+    if x.is_nested:  # torch has rules of its own
+        return groups, eps
+    groups = check_groups(op, x, groups)
+    check_floating(op, x)
+    check_affine(op, x, weight, bias)
+    return groups, eps
 
 
 def check_input(op: str, x: Tensor) -> None:

@@ -19,7 +19,7 @@ from pydl.ops._batch_norm_formulas import (
     train_fake,
     update_fake,
 )
-from pydl.ops._contract import Op, wants
+from pydl.ops._contract import Op, cast, wants
 
 __all__ = ["batch_norm", "batch_norm_act"]
 
@@ -288,8 +288,8 @@ def _gradients(
         )
     return (
         dx if wanted[0] else None,
-        dweight.to(weight.dtype) if wanted[1] else None,  # type: ignore[union-attr]
-        dbias.to(ctx.bias_dtype) if wanted[2] else None,  # type: ignore[union-attr]
+        cast(dweight, weight.dtype) if wanted[1] else None,  # type: ignore[union-attr, arg-type]
+        cast(dbias, ctx.bias_dtype) if wanted[2] else None,  # type: ignore[arg-type]
         (dy if mask is None else dresidual) if residual else None,
     )
 

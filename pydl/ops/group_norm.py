@@ -9,16 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydl.backend import Family, choose
-from pydl.ops._contract import Op, wants
-from pydl.ops._group_norm_arguments import (
-    check_affine,
-    check_floating,
-    check_groups,
-    check_input,
-    check_instance,
-    fits,
-    number,
-)
+from pydl.ops._contract import Op, cast, wants
+from pydl.ops._group_norm_arguments import check, check_instance, fits
 from pydl.ops._group_norm_formulas import ACTIVATIONS, MaybeTensor, bwd_fake, fwd_fake, second_derivative
 from pydl.ops.batch_norm import MOST_DIMENSIONS, normalise, update
 
@@ -68,14 +60,8 @@ def group_norm(
     are summed in a fixed order: the same bits on every run. Differentiable at any order. Source: Wu and He, "Group
     normalization", 2018.
     """
-    check_input("group_norm", input)
-    if not (fits(input, weight, bias, eps) and type(num_groups) is int and num_groups > 0):
-        eps = number("group_norm", "eps", eps)
-    if not input.is_nested:  # torch has rules of its own there
-        num_groups = check_groups("group_norm", input, num_groups)  # type: ignore[assignment]
-        if not fits(input, weight, bias, eps):
-            check_floating("group_norm", input)
-            check_affine("group_norm", input, weight, bias)
+    if not fits(input, num_groups, weight, bias, eps):
+        num_groups, eps = check("group_norm", input, num_groups, weight, bias, eps)
     if activation not in ACTIVATIONS:
         raise ValueError(f"group_norm: argument 'activation' must be None, 'relu' or 'silu', got {activation!r}")
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -181,8 +167,8 @@ def _fwd_backward(ctx: Any, dy: MaybeTensor, *_: MaybeTensor) -> tuple[MaybeTens
     return (
         dx if wanted[0] else None,
         None,
-        dweight.to(weight.dtype) if wanted[1] else None,
-        dbias.to(ctx.bias_dtype) if wanted[2] else None,
+        cast(dweight, weight.dtype) if wanted[1] else None,
+        cast(dbias, ctx.bias_dtype) if wanted[2] else None,
         None,
         None,
     )

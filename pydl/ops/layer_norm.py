@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pydl.backend import Family, choose
-from pydl.ops._contract import Op
+from pydl.ops._contract import Op, cast
 from pydl.ops._row_arguments import check_input, check_parameter, check_shape, dtype_fits, fits, sizes_of
 
 __all__ = ["layer_norm"]
@@ -137,7 +137,7 @@ def _fwd_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         dx if mask[0] else None,
         None,
         dweight if mask[1] else None,
-        dbias.to(ctx.bias_dtype) if mask[2] else None,
+        cast(dbias, ctx.bias_dtype) if mask[2] else None,
         None,
     )
 
