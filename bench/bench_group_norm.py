@@ -16,8 +16,8 @@ from bench._case import Call, Case
 FUNCTION = "group_norm"
 
 _BOTH = ("cpu", "cuda")
-_HOST = {"cpu fwd": {"host_us": 10.0}, "cuda fwd": {"host_us": 25.0}}
-_HOST_GRAD = {"cpu fwd": {"host_us": 20.0}, "cuda fwd": {"host_us": 35.0}}
+_HOST = {"cpu fwd": {"host_us": 8.0}, "cuda fwd": {"host_us": 20.0}}
+_HOST_GRAD = {"cpu fwd": {"host_us": 16.0}, "cuda fwd": {"host_us": 30.0}}
 
 
 def _targets(ratio: float) -> dict[str, dict[str, float]]:

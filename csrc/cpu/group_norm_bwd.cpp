@@ -38,8 +38,8 @@ struct Backward {
   // What a channel of a sample has in common.
   struct Constants {
     Vec<C> mean, rstd, weight, scale, shift;
-    Constants(const GroupNorm& a, int64_t n, int64_t c) {
-      const C* table = table_of(a, n) + c / a.group_channels();
+    Constants(const GroupNorm& a, int64_t n, int64_t g, int64_t c) {
+      const C* table = table_of(a, n) + g;
       const C r = table[a.all_groups()], w = static_cast<const C*>(a.weight)[c];
       mean = splat(table[0]);
       rstd = splat(r);
@@ -52,12 +52,11 @@ struct Backward {
   // ---- planes
 
   template <Activation ACT>
-  static void plane_sums(const GroupNorm& a, int64_t plane, int64_t) {
-    const int64_t n = plane / a.channels, c = plane - n * a.channels;
-    const Constants k(a, n, c);
+  static void plane_sums(const GroupNorm& a, int64_t n, int64_t g, int64_t c) {
+    const Constants k(a, n, g, c);
     double total = 0, along = 0;
     for (int64_t start = 0; start < a.inner; start += kSumBlock) {
-      const int64_t offset = plane * a.inner + start;
+      const int64_t offset = (n * a.channels + c) * a.inner + start;
       const T *x = static_cast<const T*>(a.x) + offset, *dy = static_cast<const T*>(a.dy) + offset;
       Vec<C> t[4] = {}, p[4] = {};
       sweep<C>(smaller(kSumBlock, a.inner - start), [&](int64_t i, int slot, auto extent) {
@@ -75,8 +74,17 @@ struct Backward {
   }
 
   template <Activation ACT>
-  static void dx_piece(const GroupNorm& a, int64_t n, int64_t c, const GroupSlope<C>& s, int64_t start, int64_t size) {
-    const Constants k(a, n, c);
+  static void sums_of_planes(const GroupNorm& a, int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const int64_t n = plane / a.channels, c = plane - n * a.channels;
+      plane_sums<ACT>(a, n, c / a.group_channels(), c);
+    }
+  }
+
+  template <Activation ACT>
+  static void dx_piece(const GroupNorm& a, int64_t n, int64_t g, int64_t c, const GroupSlope<C>& s, int64_t start,
+                       int64_t size) {
+    const Constants k(a, n, g, c);
     const Vec<C> along = splat(s.along), slope = splat(s.slope);
     const int64_t offset = (n * a.channels + c) * a.inner + start;
     const T *x = static_cast<const T*>(a.x) + offset, *dy = static_cast<const T*>(a.dy) + offset;
@@ -118,17 +126,18 @@ struct Backward {
   static void group(const GroupNorm& a, int64_t i, int64_t) {
     const int64_t n = i / a.groups, g = i - n * a.groups, width = a.group_channels(), first = g * width;
     if (a.inner == 1) return single_values<ACT>(a, n, g);
-    for (int64_t c = first; c < first + width; ++c) plane_sums<ACT>(a, n * a.channels + c, 0);
+    for (int64_t c = first; c < first + width; ++c) plane_sums<ACT>(a, n, g, c);
     if (a.dx == nullptr) return;
     const GroupSlope<C> s = slope_of(a, n, g);
-    for (int64_t c = first + width; c-- > first;) dx_piece<ACT>(a, n, c, s, 0, a.inner);
+    for (int64_t c = first + width; c-- > first;) dx_piece<ACT>(a, n, g, c, s, 0, a.inner);
   }
 
   template <Activation ACT>
   static void planes(const GroupNorm& a, int64_t begin, int64_t end) {
     each_piece_of_planes(a.inner, kPlanePiece, begin, end, [&](int64_t plane, int64_t start, int64_t size) {
       const int64_t n = plane / a.channels, c = plane - n * a.channels;
-      dx_piece<ACT>(a, n, c, slope_of(a, n, c / a.group_channels()), start, size);
+      const int64_t g = c / a.group_channels();
+      dx_piece<ACT>(a, n, g, c, slope_of(a, n, g), start, size);
     });
   }
 
@@ -294,9 +303,7 @@ void group_norm_bwd_sums(const GroupNorm& a, void* buffer, int64_t begin, int64_
     });
     return;
   }
-  for (int64_t plane = begin; plane < end; ++plane) {
-    PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_ACTIVATION(Backward<T>::template plane_sums, a, plane, 0));
-  }
+  PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_ACTIVATION(Backward<T>::template sums_of_planes, a, begin, end));
 }
 
 // The sums of samples [begin, end) of rows from those of their chunks.
