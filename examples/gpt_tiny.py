@@ -49,7 +49,7 @@ START = 0  # the byte before each document, and what follows its end
 VOCABULARY = 128
 ONE_ROUNDING = 2.0**-23
 FULL = {"steps": 300, "compared": 40, "length": 512, "width": 128, "layers": 4, "characters": 500}
-QUICK = {"steps": 12, "compared": 8, "length": 128, "width": 32, "layers": 2, "characters": 40}
+QUICK = {"steps": 12, "compared": 8, "length": 256, "width": 32, "layers": 2, "characters": 40}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
