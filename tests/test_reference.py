@@ -22,8 +22,8 @@ CASES = [
     for case in spec.cases()
 ]
 # where the oracle is finite and torch's gradient is not, because of a difference of two infinities
-# x ** inf is 0 or infinite: neither has a gradient, and what torch's own chain gives for it means nothing; torch's group
-# norm raises in the backward of a bias without a weight, and gives NaN where there are no positions
+# x ** inf is 0 or infinite: neither has a gradient, and what torch's own chain gives for it means nothing; the backward
+# of torch's group norm raises for a bias without a weight, and gives NaN where there are no positions
 NO_GRADIENT = {(f"lp_pool{n}d", "infinity") for n in (1, 2, 3)}
 NO_GRADIENT |= {("group_norm", "bias only"), ("group_norm", "no positions")}
 TORCH_IS_NAN = {("ctc_loss", "impossible class"), ("ctc_loss_from_logits", "impossible class")}
