@@ -93,7 +93,7 @@ class Op:
                 if isinstance(arg, Tensor) and arg.requires_grad:
                     return handle.eager.apply(*args, decision)
         with _BelowAutograd():
-            return _visible(handle.overload(*args), self.hidden)
+            return _visible(handle.run(*args), self.hidden)
 
 
 def _visible(out: Any, hidden: int) -> Any:
@@ -107,6 +107,7 @@ class _Handle:
 
     def __init__(self, op: Op, namespace: str, setup: Formula | None, backward: Formula | None) -> None:
         self.overload = getattr(getattr(torch.ops, namespace), op.name).default
+        self.run = self.overload._op  # what the overload's Python method calls, 0.35 us later
         self.eager: Any = None
         self.transform: Any = None
         if setup is None or backward is None:
@@ -124,18 +125,18 @@ class _Handle:
             return backward(ctx, *grads[: len(grads) - op.hidden])
 
         torch.library.register_autograd(f"{namespace}::{op.name}", formula, setup_context=setup_context)
-        self.eager = _eager_function(op, self.overload, setup, backward)
+        self.eager = _eager_function(op, self.run, setup, backward)
         self.transform = _transform_function(op, self.overload, setup_context, formula)
 
 
-def _eager_function(op: Op, overload: Any, setup: Formula, backward: Formula) -> type:
+def _eager_function(op: Op, run: Formula, setup: Formula, backward: Formula) -> type:
     hidden = op.hidden
 
     def forward(ctx: Any, *args: Any) -> Any:
         # the decision comes last, so that ctx.needs_input_grad counts as it does under register_autograd
         *args, ctx.decision = args  # type: ignore[assignment]
         with _BelowAutograd():
-            out = overload(*args)
+            out = run(*args)
         ctx.set_materialize_grads(False)
         setup(ctx, args, out)
         return _visible(out, hidden)
