@@ -142,6 +142,7 @@ def _adaptive_cases(dims: int) -> Iterator[Case]:
     yield Case("to one, far from 0", (8 + normal(2, 3, *odd), 1))
     yield Case("halves", (normal(2, 3, *({1: (16,), 2: (8, 16), 3: (4, 6, 8)}[dims])), 2))
     yield Case("larger than the input", (normal(1, 2, *([3] * dims)), 7))
+    yield Case("one becomes three", (normal(1, 2, 1, *(4, 6)[: dims - 1]), (3, 2, 2)[:dims]))
     if dims > 1:
         yield Case("None keeps a side", (normal(2, 3, *odd), (None, 5, 2)[:dims]))
     yield Case("unbatched", (normal(3, *odd), 4))

@@ -160,6 +160,7 @@ def _adaptive_cases(dims: int) -> Iterator[Case]:
     yield Case("to one", (normal(2, 5, *odd), 1, True))
     yield Case("halves", (normal(2, 3, *({1: (16,), 2: (8, 16), 3: (4, 6, 8)}[dims])), 2, True))
     yield Case("larger than the input", (normal(1, 2, *([3] * dims)), 7, True))
+    yield Case("one becomes three", (normal(1, 2, 1, *(4, 6)[: dims - 1]), (3, 2, 2)[:dims], True))
     size = int(np.prod(odd))  # up to 315 in a plane: exact in every dtype around 0, and no two equal
     distinct = np.stack([rng.permutation(size) for _ in range(2)]).reshape(1, 2, *odd) - float(size // 2)
     yield Case("distinct", (distinct, 3), second=True)
