@@ -273,7 +273,7 @@ void run_contiguous(PoolFwd& a) {
   a.tile_bytes = (pool_tile(s, a.tile_rows, a.tile_cols).bytes(element, a.indices != nullptr) + 63) / 64 * 64;
   const int64_t tiles = ((s.h.out + a.tile_rows - 1) / a.tile_rows) * ((s.w.out + a.tile_cols - 1) / a.tile_cols);
   const int64_t work = a.tile_rows * a.tile_cols * (s.h.stride * s.w.stride + s.w.kernel);
-  if (s.d.in == 1 && s.d.out == 1) {
+  if (s.d.in == 1 && s.d.out == 1 && s.d.kernel == 1) {
     host::parallel(planes * tiles, work, [&](int64_t begin, int64_t end) {
       const host::Scratch scratch(a.tile_bytes);
       PYDL_CPU_DISPATCH(max_pool_tiles)(a, scratch.get(), begin, end);

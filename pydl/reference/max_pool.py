@@ -141,6 +141,7 @@ def _cases(dims: int) -> Iterator[Case]:
     many = {1: (256,), 2: (16, 16), 3: (4, 8, 8)}[dims]
     yield Case("256 taps", (normal(1, 2, *(2 * n for n in many)), many))  # one more than a byte can number
     yield Case("k = input", (normal(2, 3, *even), even))
+    yield Case("k3 p1 over one", (normal(2, 3, 1, *odd[1:]), 3, 2, 1))  # a single output, but more taps than one
     yield Case("one element", (normal(2, 3, *([1] * dims)), 1))
     yield Case("unbatched", (normal(3, *odd), 3, 2, 1))
     yield Case("empty batch", (np.zeros((0, 3, *even)), 3, 2, 1))
