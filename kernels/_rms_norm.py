@@ -118,10 +118,10 @@ def _rms_norm_bwd_kernel(
         x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
         xhat = x * rstd[:, None]
-        dweight += dy * xhat
-        g = dy * weight
-        gx_mean = tl.sum(g * xhat, axis=1) / N
-        dx = (g - xhat * gx_mean[:, None]) * rstd[:, None]
+        product = dy * xhat
+        dweight += product
+        gx_mean = tl.sum(product * weight, axis=1) / N
+        dx = (dy * weight - xhat * gx_mean[:, None]) * rstd[:, None]
         tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(partial_ptr + pid_m * N + offs_n, tl.sum(dweight, axis=0), mask=mask_n)
 
