@@ -49,18 +49,18 @@ class Draw:
         return weight, None if weight is None else self.maybe(lambda: self.normal(*shape))
 
 
-def window(draw: Draw, sizes: tuple[int, ...]) -> tuple:
-    """kernel_size, stride, padding: no window is longer than the padded input, or begins behind it."""
-    kernel = tuple(draw.any.randint(1, min(n, 4)) for n in sizes)
+def window(draw: Draw, sizes: tuple[int, ...], longest: int = 4) -> tuple:
+    """kernel_size, stride, padding: no window is longer than the padded input."""
+    kernel = tuple(draw.any.randint(1, min(4, n + longest)) for n in sizes)
     stride = draw.maybe(lambda: tuple(draw.any.randint(1, 4) for _ in sizes))
-    return kernel, stride, tuple(draw.any.randint(0, k // 2) for k in kernel)
+    return kernel, stride, tuple(draw.any.randint(max(0, (k - n + 1) // 2), k // 2) for k, n in zip(kernel, sizes))
 
 
 def max_pool(dims: int, draw: Draw) -> Case:
     x = draw.image(dims)
     kernel, stride, padding = window(draw, x.shape[2:])
-    dilation: int | tuple[int, ...] = 1
     if draw.any.random() < 0.3:  # only windows that lie inside: see the limits in README.md
+        kernel, stride, _ = window(draw, x.shape[2:], 0)
         dilation = tuple(draw.any.randint(1, (n - 1) // (k - 1) if k > 1 else 2) for n, k in zip(x.shape[2:], kernel))
         return Case("", (x, kernel, stride, 0, dilation, False, draw.any.random() < 0.5))
     return Case("", (x, kernel, stride, padding, 1, draw.any.random() < 0.4, draw.any.random() < 0.5))
@@ -70,13 +70,15 @@ def avg_pool(dims: int, draw: Draw) -> Case:
     x = draw.image(dims)
     divisor = () if dims == 1 else (draw.maybe(lambda: draw.any.choice((1, 3, -2))),)
     flags = draw.any.random() < 0.4, draw.any.random() < 0.5
-    return Case("", (x, *window(draw, x.shape[2:]), *flags, *divisor))
+    # torch has no three-dimensional windows longer than the input
+    return Case("", (x, *window(draw, x.shape[2:], 0 if dims == 3 else 4), *flags, *divisor))
 
 
 def adaptive_pool(dims: int, draw: Draw) -> Case:
     x = draw.image(dims)
-    sizes = SIZES if dims == 1 else (None, *SIZES)
-    return Case("", (x, tuple(draw.any.choice(sizes) for _ in range(dims))))
+    even = draw.any.random() < 0.5  # parts of one length, or one part for each element or more
+    sizes = [[o for o in SIZES if not even or n % o == 0 or o % n == 0] for n in x.shape[2:]]
+    return Case("", (x, tuple(draw.any.choice(o if dims == 1 else [None, *o]) for o in sizes)))
 
 
 def batch_norm(draw: Draw) -> Case:
