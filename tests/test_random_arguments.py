@@ -1,4 +1,4 @@
-"""Pools, norms and attention with arguments drawn at random, on every backend, against the oracles.
+"""Ops with arguments drawn at random, on every backend, against the oracles.
 
 The cases of an op were thought of; these were not. Sizes are small and often 1, where shortcuts begin. The draws are
 the same on every run; PYDL_TEST_DRAWS=20 takes twenty times as many.
@@ -17,7 +17,7 @@ import torch
 from _backends import available
 
 from pydl._problems import Problem, applicable, poisoned_memory
-from pydl._verify import _Run
+from pydl._verify import _Run, levels
 from pydl.reference import Case
 from pydl.reference import spec as spec_of
 
@@ -150,6 +150,79 @@ def attention(draw: Draw) -> Case:
     return Case("", (q, k, v), {name: makers[name]() for name in chosen})
 
 
+def roi(draw: Draw, channels: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """A feature map, and boxes on the image that it was made of: inside, over its edges, and degenerate ones."""
+    batch, height, width = draw.any.choice((1, 2, 3)), draw.any.choice(SIZES), draw.any.choice(SIZES)
+    count = draw.any.choice((1, 2, 9))
+    rows = draw.numbers.uniform(-2.0, height + 2.0, (count, 2)) / scale
+    cols = draw.numbers.uniform(-2.0, width + 2.0, (count, 2)) / scale
+    if draw.any.random() < 0.8:
+        rows.sort(axis=1)
+        cols.sort(axis=1)
+    image = draw.numbers.integers(0, batch, count).astype(np.float64)
+    boxes = np.column_stack([image, cols[:, 0], rows[:, 0], cols[:, 1], rows[:, 1]])
+    return draw.normal(batch, channels, height, width), boxes
+
+
+def roi_align(draw: Draw) -> Case:
+    scale, bins = draw.any.choice((1.0, 0.25)), (draw.any.choice((1, 2, 7)), draw.any.choice((1, 3)))
+    x, boxes = roi(draw, draw.any.choice(CHANNELS), scale)
+    return Case("", (x, boxes, bins, scale, draw.any.choice((-1, 1, 2)), draw.any.random() < 0.5))
+
+
+def ps_roi_align(draw: Draw) -> Case:
+    scale, bins = draw.any.choice((1.0, 0.25)), (draw.any.choice((1, 2)), draw.any.choice((1, 3)))
+    x, boxes = roi(draw, draw.any.choice((1, 3, 8)) * bins[0] * bins[1], scale)
+    return Case("", (x, boxes, bins, scale, draw.any.choice((1, 2))))
+
+
+def roi_pool(draw: Draw) -> Case:
+    scale, bins = draw.any.choice((1.0, 0.25)), (draw.any.choice((1, 2, 7)), draw.any.choice((1, 3)))
+    x, boxes = roi(draw, draw.any.choice(CHANNELS), scale)
+    return Case("", (x, boxes, bins, scale))
+
+
+def ctc_loss(draw: Draw) -> Case:
+    frames, batch, classes = (
+        draw.any.choice((1, 2, 9, 33, 70)),
+        draw.any.choice((1, 2, 3)),
+        draw.any.choice((2, 3, 9, 40)),
+    )
+    most, blank = draw.any.choice((0, 1, 5, 31, 33)), draw.any.randrange(classes)
+    x = draw.normal(frames, batch, classes)
+    x -= np.log(np.exp(x).sum(-1, keepdims=True))
+    labels = draw.numbers.integers(0, classes - 1, (batch, most))
+    labels += labels >= blank
+    lengths = [draw.any.randint(0, frames) for _ in range(batch)], [draw.any.randint(0, most) for _ in range(batch)]
+    flat = draw.any.random() < 0.3  # one after the other
+    targets = np.concatenate([row[:n] for row, n in zip(labels, lengths[1])]) if flat else labels
+    return Case("", (x, targets, *map(tuple, lengths), blank, draw.any.choice(("none", "sum", "mean")), True))
+
+
+def some_boxes(draw: Draw) -> np.ndarray:
+    count = draw.any.choice((1, 2, 31, 32, 33, 64, 65, 130))
+    center, half = draw.numbers.uniform(0, 60, (count, 2)), draw.numbers.uniform(0.5, 20, (count, 2))
+    boxes = np.concatenate([center - half, center + half], -1)
+    return boxes if draw.any.random() < 0.7 else np.round(boxes / 8) * 8  # many equal, some empty
+
+
+def nms(draw: Draw) -> Case:
+    boxes = some_boxes(draw)
+    scores = draw.numbers.random(len(boxes))
+    return Case(
+        "", (boxes, scores if draw.any.random() < 0.7 else np.round(4 * scores) / 4, draw.any.choice((0.2113, 0.7071)))
+    )
+
+
+def batched_nms(draw: Draw) -> Case:
+    boxes, scores, threshold = nms(draw).args
+    return Case("", (boxes, scores, draw.numbers.integers(-1, 3, len(boxes)), threshold))
+
+
+def box_iou(draw: Draw) -> Case:
+    return Case("", (some_boxes(draw), some_boxes(draw)), gradients=False)
+
+
 MAKERS: dict[str, Callable[[Draw], Case]] = {
     f"{kind}{dims}d": functools.partial(make, dims)
     for kind, make in (
@@ -170,6 +243,13 @@ MAKERS |= {
         rms_norm,
         scaled_dot_product_attention,
         attention,
+        roi_align,
+        ps_roi_align,
+        roi_pool,
+        ctc_loss,
+        nms,
+        batched_nms,
+        box_iou,
     )
 }
 
@@ -187,7 +267,11 @@ def differences(backend, problem: Problem, level: str) -> list[str]:
         try:
             scale = max(1.0, float(np.abs(exact[np.isfinite(exact)]).max(initial=0)))
             torch.testing.assert_close(
-                got.detach().cpu().double(), torch.from_numpy(exact).double(), rtol=0, atol=tolerance * scale
+                got.detach().cpu().double(),
+                torch.from_numpy(exact).double(),
+                rtol=0,
+                atol=tolerance * scale,
+                equal_nan=True,
             )
         except AssertionError as error:
             found.append(f"tensor {i}: {error}")
@@ -212,7 +296,7 @@ def test_values_and_gradients(backend):
         layout = draw.any.choice(("contiguous", "contiguous", *applicable(case)))
         dtype = draw.any.choice([d for d in backend.dtypes if d.itemsize >= 4])
         problem = Problem(spec_of(backend.op), case, dtype, layout)
-        for level in ("values", "gradients"):
+        for level in levels(problem):
             for wrong in differences(backend, problem, level):
                 shapes = [a.shape if isinstance(a, np.ndarray) else a for a in case.args], list(case.kwargs)
                 failed.append(f"draw {seed}, {dtype}, {layout}, {shapes}, {level}: {wrong}")
