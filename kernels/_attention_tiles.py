@@ -11,13 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Device, next_power_of_two
+from ._launch import Device, cdiv, next_power_of_two
 from ._math import tanh
 
 # the tiles of a map, in queries and keys; the tiles below divide them
 TILE_Q, TILE_K = 128, 64
 _UNLIMITED = 1 << 30
 _PRECISIONS = ("ieee", "tf32", "tf32x3")
+# bytes of the second cache that streamed rows may take: parts for data centers have 40 MB and more
+_CACHE = 1 << 25
 LOG2E = 1.4426950408889634
 
 
@@ -112,6 +114,29 @@ def band_blocks(start, size, other, low, reach, BLOCK: tl.constexpr):
     return begin, full, rest, end
 
 
+@triton.jit
+def place_of(pid, blocks, heads, turns):
+    """(place in the order of a head's blocks, head) of a program: `turns` heads side by side take turns."""
+    first = pid // (blocks * turns) * turns
+    inside = pid - first * blocks
+    here = tl.minimum(turns, heads - first)
+    return inside // here, first + inside % here
+
+
+@triton.jit
+def block_at(count_ptr, row, place, split):
+    """The block at a place in the map's order; `row` is the head's first row of tiles, each of `split` blocks."""
+    return tl.load(count_ptr + 3 * (row + place // split) + 2) * split + place % split
+
+
+@triton.jit
+def listed_blocks(count_ptr, row, split, inside):
+    """(partial, all) blocks that the tiles of a row in a map are, partial ones first; none for a block outside."""
+    partial = tl.load(count_ptr + 3 * row + 1, mask=inside, other=0)
+    total = tl.load(count_ptr + 3 * row, mask=inside, other=0)
+    return partial * split, total * split
+
+
 class Masks(NamedTuple):
     """Host side: tensors, strides and flags of the masks, in the order in which every kernel takes them."""
 
@@ -198,7 +223,8 @@ def is_heavy(flags: dict[str, bool], softcap: float) -> bool:
 # row and whether masks are heavy. The largest of those tried that do not spill.
 _SMALLER = {
     (80, "fwd", 2, 128, False): Tiles(128, 32, 8, 2),
-    (80, "fwd", 4, 256, True): Tiles(64, 16, 8, 1),
+    (80, "fwd", 2, 128, True): Tiles(64, 32, 8, 2),
+    (80, "fwd", 2, 512, True): Tiles(64, 16, 8, 1),
     (80, "bwd", 2, 128, False): Tiles(32, 32, 8, 1),
     (80, "bwd", 4, 64, True): Tiles(32, 64, 8, 1),
     (80, "bwd", 4, 128, False): Tiles(32, 32, 8, 1),
@@ -210,15 +236,15 @@ _SMALLER = {
     (90, "fwd", 2, 256, False): Tiles(128, 32, 8, 2),
     (90, "fwd", 2, 512, True): Tiles(64, 32, 8, 1),
     (90, "fwd", 4, 64, False): Tiles(64, 32, 4, 3),
-    (90, "fwd", 4, 128, False): Tiles(64, 32, 8, 2),
+    (90, "fwd", 4, 128, False): Tiles(64, 32, 8, 1),
+    (90, "fwd", 4, 256, False): Tiles(64, 16, 8, 1),
     (90, "fwd", 4, 256, True): Tiles(64, 16, 8, 1),
-    (90, "bwd", 2, 128, True): Tiles(32, 64, 8, 1),
     (90, "bwd", 2, 512, False): Tiles(16, 16, 4, 1),
     (90, "bwd", 4, 64, True): Tiles(64, 32, 8, 1),
-    (90, "bwd", 4, 128, False): Tiles(32, 32, 8, 1),
+    (90, "bwd", 4, 128, False): Tiles(32, 16, 8, 1),
     (90, "bwd", 4, 128, True): Tiles(32, 16, 8, 1),
+    (90, "bwd", 4, 256, False): Tiles(16, 32, 8, 1),
     (90, "bwd", 4, 256, True): Tiles(16, 32, 8, 1),
-    (90, "bias", 2, 128, True): Tiles(32, 64, 8, 1),
     (90, "bias", 2, 512, True): Tiles(16, 16, 4, 1),
     (90, "bias", 4, 64, True): Tiles(64, 32, 8, 1),
     (90, "bias", 4, 128, True): Tiles(32, 16, 8, 1),
@@ -244,9 +270,9 @@ def fwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) 
     hopper = device.arch in (90, 100)
     if itemsize == 2:
         block_m = 128 if wide <= (256 if hopper else 64 if heavy else 128) else 64
-        block_n = 32 if wide > 256 or (wide == 256 and hopper and heavy) else 64
+        block_n = 32 if wide > 256 or (wide == 256 and heavy) else 64
     else:
-        block_m, block_n = (64, 32) if wide <= 512 else (32, 32)
+        block_m, block_n = 64 if wide <= 512 else 32, 16 if wide == 256 and not hopper else 32
     stages = 3 if wide <= 128 and hopper else 1 if itemsize == 4 and heavy else 2
     tile = _fitted(Tiles(block_m, block_n, 8, stages), "fwd", queries, wide, itemsize, heavy, device.arch)
     return tile if tile.block_m >= 64 else tile._replace(num_warps=4)
@@ -269,7 +295,7 @@ def _bwd_tiles(kernel: str, queries: int, d: int, itemsize: int, heavy: bool, de
     hopper = device.arch in (90, 100)
     block_m, block_n, num_warps = 32, 16, 8
     if itemsize == 2 and wide <= 128 and hopper:
-        block_m, block_n, num_warps = (32, 64, 4) if heavy else (64, 64, 8)
+        block_m, block_n = 32 if heavy else 64, 64
     elif itemsize == 2 and wide <= 128:
         block_n, num_warps = 32, 4
     elif itemsize == 2 and wide <= 256:
@@ -278,9 +304,28 @@ def _bwd_tiles(kernel: str, queries: int, d: int, itemsize: int, heavy: bool, de
         block_n, num_warps = 64, 4 if heavy else 8
     elif itemsize == 4 and wide <= 128:
         block_n, num_warps = 16 if heavy else 32, 4
+    elif itemsize == 4 and wide <= 256 and hopper and not heavy:
+        block_m = 16
     elif itemsize == 4 and not hopper:
         block_m = 16
     return _fitted(Tiles(block_m, block_n, num_warps, 1), kernel, queries, wide, itemsize, heavy, device.arch)
+
+
+def blocks_of(size: int, block: int, tile: int, has_map: bool) -> int:
+    """Blocks of a sequence; with a map those of whole tiles, of which the last may lie outside of the sequence."""
+    return cdiv(size, tile) * min(tile // block, cdiv(size, block)) if has_map else cdiv(size, block)
+
+
+@functools.lru_cache(maxsize=1024)
+def turns_of(heads: int, bytes_each: int, has_map: bool) -> int:
+    """How many heads' blocks are taken in turns where a map orders them, longest first: a divisor of ``heads``.
+
+    All of them would start the longest blocks of the whole call first and leave the least idle at its end, but then
+    each program would stream its own rows (k and v; q and dout for a block of keys) from memory. So turns are taken by
+    as many heads as find their rows, ``bytes_each``, in the second cache together. Not measured on a GPU.
+    """
+    fitting = min(_CACHE // max(bytes_each, 1), heads) if has_map else 1
+    return next((n for n in range(fitting, 1, -1) if heads % n == 0), 1)
 
 
 def near(t: Tensor) -> Tensor:

@@ -16,24 +16,32 @@ from ._aot import Case
 from ._attention_aot import cases_of, types_of
 from ._attention_bwd import _attention_bwd_delta_kernel, delta_of, dkv_tiles, dq_tiles
 from ._attention_tiles import (
+    TILE_K,
+    TILE_Q,
     band_blocks,
+    block_at,
+    blocks_of,
     bwd_tiles,
     head_block,
     is_heavy,
     like_rows,
+    listed_blocks,
     load_rows,
     mask_arguments,
     near,
+    place_of,
     precision_name,
+    turns_of,
 )
 from ._launch import cdiv, device_facts, device_guard, require_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_blocks", "k_blocks", "q_turns", "k_turns", "BH", "BHK"])
 def _attention_bwd_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr,
-    k_ids_ptr, prefix_ptr, q_count_ptr, q_list_ptr, k_count_ptr, k_list_ptr, dq_ptr, dk_ptr, dv_ptr, dq_programs,
-    H, GROUP, Sq, Sk, D, DV, NQ, NK, stride_dob, stride_doh, stride_dom, stride_dod,
+    k_ids_ptr, prefix_ptr, q_count_ptr, q_list_ptr, k_count_ptr, k_list_ptr, dq_ptr, dk_ptr, dv_ptr, q_blocks,
+    k_blocks, q_turns, k_turns, H, GROUP, BH, BHK, Sq, Sk, D, DV, NQ, NK,
+    stride_dob, stride_doh, stride_dom, stride_dod,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_dqb, stride_dqh, stride_dqm, stride_dqd,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd,
@@ -47,11 +55,14 @@ def _attention_bwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     pid = tl.program_id(0)
-    if pid < dq_programs:
-        blocks = tl.cdiv(Sq, BLOCK_M)
-        pid_m = blocks - 1 - pid % blocks
-        b = (pid // blocks // H).to(tl.int64)
-        h = (pid // blocks % H).to(tl.int64)
+    if pid < q_blocks * BH:
+        place, head = place_of(pid, q_blocks, BH, q_turns)
+        b = (head // H).to(tl.int64)
+        h = (head % H).to(tl.int64)
+        pid_m = q_blocks - 1 - place
+        if HAS_MAP:
+            row = (b * tile_b * tile_heads + h * tile_h) * NQ
+            pid_m = block_at(q_count_ptr, row, place, q_blocks // NQ)
         start_m = pid_m * BLOCK_M
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, offs_d, Sq, D, stride_qm, stride_qd)
@@ -62,11 +73,10 @@ def _attention_bwd_kernel(
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         begin, full, rest, end = band_blocks(pid_m * BLOCK_M, BLOCK_M, Sk, low, tl.minimum(high, below), BLOCK_N)
         if HAS_MAP:
-            row = (b * tile_b * tile_heads + h * tile_h) * NQ + pid_m * BLOCK_M // TILE_Q
+            row += pid_m * BLOCK_M // TILE_Q
             q_list_ptr += row * NK
+            full, rest = listed_blocks(q_count_ptr, row, TILE_K // BLOCK_N, start_m < Sq)
             begin = 0
-            full = tl.load(q_count_ptr + 2 * row + 1) * (TILE_K // BLOCK_N)
-            rest = tl.load(q_count_ptr + 2 * row) * (TILE_K // BLOCK_N)
             end = rest
         for part in tl.static_range(2):
             dq = dq_tiles(
@@ -85,22 +95,22 @@ def _attention_bwd_kernel(
         tl.store(at + offs_d[None, :] * stride_dqd, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
     else:
         _dkv_program(
-            pid - dq_programs, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, bias_ptr, words_ptr, lengths_ptr,
-            padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, k_count_ptr, k_list_ptr, dk_ptr, dv_ptr, H, GROUP, Sq, Sk, D,
-            DV, NQ, NK, stride_dob, stride_doh, stride_dom, stride_dod, stride_qb, stride_qh, stride_qm, stride_qd,
-            stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd, stride_dkb,
-            stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd, stride_bb, stride_bh,
-            stride_bm, stride_bn, stride_wb, stride_wh, stride_wm, tile_b, tile_h, tile_heads, low, high, below, scale,
-            softcap, BAND, HAS_BIAS, HAS_WORDS, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX, HAS_MAP, HAS_SOFTCAP,
-            PRECISION, TILE_Q, TILE_K, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            pid - q_blocks * BH, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, bias_ptr, words_ptr, lengths_ptr,
+            padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, k_count_ptr, k_list_ptr, dk_ptr, dv_ptr, k_blocks, k_turns,
+            H, GROUP, BHK, Sq, Sk, D, DV, NQ, NK, stride_dob, stride_doh, stride_dom, stride_dod, stride_qb, stride_qh,
+            stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn,
+            stride_vd, stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd,
+            stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_wm, tile_b, tile_h, tile_heads,
+            low, high, below, scale, softcap, BAND, HAS_BIAS, HAS_WORDS, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX,
+            HAS_MAP, HAS_SOFTCAP, PRECISION, TILE_Q, TILE_K, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
 
 @triton.jit
 def _dkv_program(
     pid, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr,
-    k_ids_ptr, prefix_ptr, k_count_ptr, k_list_ptr, dk_ptr, dv_ptr, H, GROUP, Sq, Sk, D, DV, NQ, NK,
-    stride_dob, stride_doh, stride_dom, stride_dod, stride_qb, stride_qh, stride_qm, stride_qd,
+    k_ids_ptr, prefix_ptr, k_count_ptr, k_list_ptr, dk_ptr, dv_ptr, blocks, turns, H, GROUP, BHK, Sq, Sk, D, DV,
+    NQ, NK, stride_dob, stride_doh, stride_dom, stride_dod, stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_wm, tile_b, tile_h, tile_heads,
@@ -110,11 +120,14 @@ def _dkv_program(
     TILE_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys of one head of k and v."""
-    blocks = tl.cdiv(Sk, BLOCK_N)
     shared_heads = H // GROUP
-    pid_n = pid % blocks
-    b = (pid // blocks // shared_heads).to(tl.int64)
-    hk = (pid // blocks % shared_heads).to(tl.int64)
+    place, head = place_of(pid, blocks, BHK, turns)
+    b = (head // shared_heads).to(tl.int64)
+    hk = (head % shared_heads).to(tl.int64)
+    pid_n = place
+    if HAS_MAP:
+        # of the heads that share this one, each of which may have a mask of its own, the first decides
+        pid_n = block_at(k_count_ptr, (b * tile_b * tile_heads + hk * GROUP * tile_h) * NK, place, blocks // NK)
     start_n = pid_n * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -129,9 +142,8 @@ def _dkv_program(
         row = 0
         if HAS_MAP:
             row = (b * tile_b * tile_heads + h * tile_h) * NK + pid_n * BLOCK_N // TILE_K
+            full, rest = listed_blocks(k_count_ptr, row, TILE_Q // BLOCK_M, start_n < Sk)
             begin = 0
-            full = tl.load(k_count_ptr + 2 * row + 1) * (TILE_Q // BLOCK_M)
-            rest = tl.load(k_count_ptr + 2 * row) * (TILE_Q // BLOCK_M)
             end = rest
         for part in tl.static_range(2):
             dk, dv = dkv_tiles(
@@ -184,14 +196,19 @@ def attention_bwd(
     masks = mask_arguments(size, *vectors, tiles, (causal, left, right))
     heavy = is_heavy(masks.flags, softcap)
     tile = bwd_tiles(queries, max(d, dv), q.element_size(), heavy, device_facts(q))
-    dq_programs = cdiv(queries, tile.block_m) * batch * heads
+    mapped, group, row_bytes = bool(tiles), heads // shared, (d + dv) * q.element_size()
+    q_blocks = blocks_of(queries, tile.block_m, TILE_Q, mapped)
+    k_blocks = blocks_of(keys, tile.block_n, TILE_K, mapped)
+    q_turns = turns_of(batch * heads, keys * row_bytes // group, mapped)
+    k_turns = turns_of(batch * shared, queries * row_bytes * group, mapped)
     with device_guard(q):
-        _attention_bwd_kernel[(dq_programs + cdiv(keys, tile.block_n) * batch * shared,)](
-            dout, q, k, v, lse, delta_of(dout, dlse, out), *masks.pointers, *masks.tiles, *grads, dq_programs, heads,
-            heads // shared, queries, keys, d, dv, cdiv(queries, 128), cdiv(keys, 64), *dout.stride(), *q.stride(),
-            *k.stride(), *v.stride(), *grads[0].stride(), *grads[1].stride(), *grads[2].stride(), *masks.strides,
-            *masks.tile_strides, tiles[1].shape[1] if tiles else 1, *masks.band, scale, softcap or 1.0, **masks.flags,
-            HAS_SOFTCAP=softcap != 0.0, PRECISION=precision_name(precision), TILE_Q=128, TILE_K=64,
+        _attention_bwd_kernel[(q_blocks * batch * heads + k_blocks * batch * shared,)](
+            dout, q, k, v, lse, delta_of(dout, dlse, out), *masks.pointers, *masks.tiles, *grads, q_blocks, k_blocks,
+            q_turns, k_turns, heads, group, batch * heads, batch * shared, queries, keys, d, dv, cdiv(queries, TILE_Q),
+            cdiv(keys, TILE_K), *dout.stride(), *q.stride(), *k.stride(), *v.stride(), *grads[0].stride(),
+            *grads[1].stride(), *grads[2].stride(), *masks.strides, *masks.tile_strides,
+            tiles[1].shape[1] if mapped else 1, *masks.band, scale, softcap or 1.0, **masks.flags,
+            HAS_SOFTCAP=softcap != 0.0, PRECISION=precision_name(precision), TILE_Q=TILE_Q, TILE_K=TILE_K,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=head_block(d), BLOCK_DV=head_block(dv),
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip

@@ -16,11 +16,16 @@ from torch import Tensor
 from ._aot import Case
 from ._attention_aot import cases_of
 from ._attention_tiles import (
+    TILE_K,
+    TILE_Q,
     band_blocks,
+    block_at,
+    blocks_of,
     fwd_tiles,
     head_block,
     is_heavy,
     like_rows,
+    listed_blocks,
     load_rows,
     mask_arguments,
     near,
@@ -29,6 +34,7 @@ from ._attention_tiles import (
     tile_bias,
     tile_mask,
     tile_scores,
+    turns_of,
 )
 from ._launch import cdiv, device_facts, device_guard, require_dtype
 
@@ -90,10 +96,16 @@ def _attention_fwd_kernel(
     HAS_MAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TILE_Q: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    # the last queries first: under a causal mask they see the most keys
-    pid_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = (tl.program_id(1) % H).to(tl.int64)
+    # heads that take turns come first, then places in their order of blocks
+    head = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    b = (head // H).to(tl.int64)
+    h = (head % H).to(tl.int64)
+    # without a map the last queries first: under a causal mask they see the most keys
+    pid_m = tl.num_programs(1) - 1 - tl.program_id(1)
+    if HAS_MAP:
+        row = (b * tile_b * tile_heads + h * tile_h) * NQ
+        pid_m = block_at(count_ptr, row, tl.program_id(1), tl.num_programs(1) // NQ)
+        row += pid_m * BLOCK_M // TILE_Q
     start_m = pid_m * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -110,11 +122,9 @@ def _attention_fwd_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     # blocks of keys: [begin, full) masked, [full, rest) not masked, [rest, end) masked
     if HAS_MAP:
-        row = (b * tile_b * tile_heads + h * tile_h) * NQ + pid_m * BLOCK_M // TILE_Q
         list_ptr += row * NK
+        full, rest = listed_blocks(count_ptr, row, SPLIT, start_m < Sq)
         begin = 0
-        full = tl.load(count_ptr + 2 * row + 1) * SPLIT
-        rest = tl.load(count_ptr + 2 * row) * SPLIT
         end = rest
     else:
         begin, full, rest, end = band_blocks(pid_m * BLOCK_M, BLOCK_M, Sk, low, tl.minimum(high, below), BLOCK_N)
@@ -173,15 +183,18 @@ def attention_fwd(
     )
     heavy = is_heavy(masks.flags, softcap)
     tile = fwd_tiles(queries, max(d, dv), q.element_size(), heavy, device_facts(q))
-    tile_heads = tiles[1].shape[1] if tiles else 1
+    group = heads // max(k.shape[1], 1)
+    mapped = bool(tiles)
+    blocks = blocks_of(queries, tile.block_m, TILE_Q, mapped)
+    turns = turns_of(batch * heads, keys * (d + dv) * q.element_size() // group, mapped)
     with device_guard(q):
-        _attention_fwd_kernel[(cdiv(queries, tile.block_m), batch * heads)](
-            q, k, v, *masks.pointers, *masks.tiles[:2], out, lse, heads, heads // max(k.shape[1], 1), queries, keys, d,
-            dv, cdiv(queries, 128), cdiv(keys, 64), *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-            *masks.strides, *masks.tile_strides, tile_heads, *masks.band, scale, softcap or 1.0, **masks.flags,
-            HAS_SOFTCAP=softcap != 0.0, PRECISION=precision_name(precision), TILE_Q=128, SPLIT=64 // tile.block_n,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=head_block(d), BLOCK_DV=head_block(dv),
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        _attention_fwd_kernel[(turns, blocks, batch * heads // turns)](
+            q, k, v, *masks.pointers, *masks.tiles[:2], out, lse, heads, group, queries, keys, d,
+            dv, cdiv(queries, TILE_Q), cdiv(keys, TILE_K), *q.stride(), *k.stride(), *v.stride(), *out.stride(),
+            *masks.strides, *masks.tile_strides, tiles[1].shape[1] if mapped else 1, *masks.band, scale, softcap or 1.0,
+            **masks.flags, HAS_SOFTCAP=softcap != 0.0, PRECISION=precision_name(precision), TILE_Q=TILE_Q,
+            SPLIT=TILE_K // tile.block_n, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=head_block(d),
+            BLOCK_DV=head_block(dv), num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 

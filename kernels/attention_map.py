@@ -1,7 +1,7 @@
 """The tile map of a set of masks: which tiles of scores are empty, partial or full, in lists for both loop orders.
 
 One pass over the dense mask, which is packed to one bit per score on the way; the lists are made by one program for
-each row and column of tiles. Nothing travels to the host.
+each row and column of tiles, and rows are ranked by how many tiles they have. Nothing travels to the host.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch import Tensor
 from ._aot import Case
 from ._attention_tiles import TILE_K, TILE_Q, band_limits, tile_mask
 from ._launch import cdiv, device_guard, next_power_of_two
+
+# rows of tiles that a program ranks
+_RANKED = 64
 
 
 @triton.jit
@@ -78,8 +81,34 @@ def _attention_map_lists_kernel(
     for start in range(0, n, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         tl.store(list_ptr + offs, tl.zeros((BLOCK,), tl.int32), mask=(offs >= written) & (offs < n))
-    tl.store(count_ptr + 2 * slot, written)
-    tl.store(count_ptr + 2 * slot + 1, partial)
+    tl.store(count_ptr + 3 * slot, written)
+    tl.store(count_ptr + 3 * slot + 1, partial)
+
+
+@triton.jit
+def _attention_map_order_kernel(q_count_ptr, k_count_ptr, NQ, NK, q_programs, BLOCK: tl.constexpr):
+    """The first programs rank rows of tiles, the others columns; of equal rows the last, of equal columns the first."""
+    outer = tl.program_id(1).to(tl.int64)
+    pid = tl.program_id(0)
+    if pid < q_programs:
+        _rank(q_count_ptr + outer * NQ * 3, pid, NQ, True, BLOCK)
+    else:
+        _rank(k_count_ptr + outer * NK * 3, pid - q_programs, NK, False, BLOCK)
+
+
+@triton.jit
+def _rank(count_ptr, pid, n, LAST_FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes own rows where they stand among all n; counts are read only, so that programs need not wait."""
+    own = pid * BLOCK + tl.arange(0, BLOCK)
+    own_count = tl.load(count_ptr + 3 * own, mask=own < n, other=0)
+    rank = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        count = tl.load(count_ptr + 3 * offs, mask=offs < n, other=-1)
+        tie = offs[None, :] > own[:, None] if LAST_FIRST else offs[None, :] < own[:, None]
+        before = (count[None, :] > own_count[:, None]) | ((count[None, :] == own_count[:, None]) & tie)
+        rank += tl.sum(before.to(tl.int32), 1)
+    tl.store(count_ptr + 3 * rank + 2, own, mask=own < n)
 
 
 def attention_map(
@@ -107,13 +136,14 @@ def attention_map(
     words = new(0) if mask is None else new(*mask.shape[:3], w)
     classes = new(items, heads, nq, nk, dtype=torch.uint8)
     counts, lists = (
-        (new(items, heads, nq, 2), new(items, heads, nk, 2)),
+        (new(items, heads, nq, 3), new(items, heads, nk, 3)),
         (new(items, heads, nq, nk), new(items, heads, nk, nq)),
     )
     out = (words, classes, counts[0], lists[0], counts[1], lists[1])
     if classes.numel() == 0:
         for count in counts:
             count.zero_()
+        _order(*counts)
         return out
     dense = None if mask is None else mask.view(torch.uint8)
     mask_shape = (1, 1, 1) if mask is None else tuple(mask.shape[:3])
@@ -138,20 +168,34 @@ def attention_map(
                 classes, count, entries, rows, n, *strides, BLOCK=min(next_power_of_two(n), 256), num_warps=1,
                 num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
+    _order(*counts)
     return out
 
 
+def _order(q_count: Tensor, k_count: Tensor) -> None:
+    """Writes the third numbers of counts that have the others."""
+    items, heads, nq, _ = q_count.shape
+    q_programs, k_programs = cdiv(nq, _RANKED), cdiv(k_count.shape[2], _RANKED)
+    if items * heads * (q_programs + k_programs) == 0:
+        return
+    with device_guard(q_count):
+        _attention_map_order_kernel[(q_programs + k_programs, items * heads)](
+            q_count, k_count, nq, k_count.shape[2], q_programs, BLOCK=_RANKED, num_warps=4, num_stages=1,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+
 def aot_cases(arch: int) -> Iterator[Case]:
-    """A dense mask with everything else and without; lists of short and long rows."""
+    """A dense mask with everything else and without; lists of short and long rows; their order."""
     integers = (
         "Sq", "Sk", "NQ", "NK", "W", "heads", "mask_heads", "mask_rows", "shared_b", "shared_h", "shared_m",
         "stride_mb", "stride_mh", "stride_mm", "stride_mn", "low", "high", "below", "rows", "n", "stride_row",
-        "stride_entry",
+        "stride_entry", "q_programs",
     )  # fmt: skip
     vectors = ("lengths_ptr", "q_ids_ptr", "k_ids_ptr", "prefix_ptr")
     types = dict.fromkeys(integers, "i32") | dict.fromkeys(vectors, "*i64")
     types |= {"mask_ptr": "*u8", "padding_ptr": "*u8", "words_ptr": "*i32", "classes_ptr": "*u8"}
-    types |= {"count_ptr": "*i32", "list_ptr": "*i32"}
+    types |= dict.fromkeys(("count_ptr", "q_count_ptr", "k_count_ptr", "list_ptr"), "*i32")
     for every in (False, True):
         flags = dict.fromkeys(("HAS_LENGTHS", "HAS_PADDING", "HAS_IDS", "HAS_PREFIX", "BAND"), every)
         absent = {} if every else dict.fromkeys((*vectors, "padding_ptr"))
@@ -161,3 +205,4 @@ def aot_cases(arch: int) -> Iterator[Case]:
     for block in (16, 256):
         entries = {"BLOCK": block}
         yield Case(_attention_map_lists_kernel, f"{block} tiles at once", types, entries, 1, quick=block == 256)
+    yield Case(_attention_map_order_kernel, f"{_RANKED} rows at once", types, {"BLOCK": _RANKED}, 4, quick=True)

@@ -125,9 +125,48 @@ def test_the_tile_map_is_right(backend):
             entries = [2 * i for i, kind in enumerate(kinds_here) if kind == 1]
             partial = len(entries)
             entries += [2 * i + 1 for i, kind in enumerate(kinds_here) if kind == 2]
-            assert counts[at].tolist() == [len(entries), partial] and lists[at][: len(entries)].tolist() == entries
+            assert counts[at][:2].tolist() == [len(entries), partial] and lists[at][: len(entries)].tolist() == entries
     bits = (words.unsqueeze(-1) >> torch.arange(32)) & 1
     assert torch.equal(bits.flatten(-2)[..., :200].bool(), mask) and bits.flatten(-2)[..., 200:].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", backends_for("attention", torch.float32, without=TORCH))
+@pytest.mark.parametrize("size", [(8330, 70), (200, 4200), (300, 0), (0, 130)])
+def test_rows_of_tiles_are_ordered_by_how_many_they_have(backend, size):
+    """The most first; of equal rows the last, of equal columns the first. 66 rows or columns: more than one program."""
+    g = torch.Generator().manual_seed(5)
+    ids = tuple(torch.randint(0, 12, (2, n), generator=g).sort()[0].to(backend.device) for n in size)
+    with backend.use():
+        tensors_ = attention_mask_map(2, *size, segment_ids=ids).tensors
+    for count, n, last_first in ((tensors_[2], -(-size[0] // 128), True), (tensors_[4], -(-size[1] // 64), False)):
+        assert count.shape == (2, 1, n, 3)
+        for rows in count.flatten(0, 1).tolist():
+            expected = sorted(range(len(rows)), key=lambda i: (-rows[i][0], -i if last_first else i))
+            assert [row[2] for row in rows] == expected
+
+
+@pytest.mark.parametrize("backend", backends_for("attention", torch.float32, without=TORCH))
+def test_the_order_of_blocks_changes_no_bit(backend):
+    """300 queries, 200 keys: some blocks of the last tiles lie outside; a mask for each of four heads, two of k."""
+    q, k, v = (t.detach() for t in tensors(2, 4, 2, 300, 200, device=backend.device))
+    g = torch.Generator().manual_seed(4)
+    mask = torch.rand(2, 4, 3, 4, generator=g).lt(0.5).repeat_interleave(128, 2).repeat_interleave(64, 3)
+    mask = mask[:, :, :300, :200].to(q.device)
+    namespace = NAMESPACES[backend.name]
+    with backend.use(), torch.no_grad():
+        found = namespace.attention_map.default(mask, *(None,) * 5, 2, 300, 200, 2, -1, -1)
+
+        def run(tiles):
+            masks = (mask, *(None,) * 6, list(tiles), 2, -1, -1, 0.25, 0.0, 0)
+            out, lse = namespace.attention_fwd.default(q, k, v, *masks)
+            return out, lse, *namespace.attention_bwd.default(torch.ones_like(out), None, q, k, v, out, lse, *masks)
+
+        shuffled = [t.clone() for t in found]
+        for count in (shuffled[2], shuffled[4]):
+            assert not torch.equal(count[..., 2].sort()[0], count[..., 2])
+            count[..., 2] = torch.arange(count.shape[2])
+        for got, want in zip(run(shuffled), run(found), strict=True):
+            assert_same_bits(got, want)
 
 
 def test_a_map_of_other_masks_is_refused():

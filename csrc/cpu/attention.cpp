@@ -125,9 +125,9 @@ int64_t attention_fwd_scratch(const AttentionCall& a) {
 void attention_fwd_tiles(const AttentionFwd& f, void* memory, int64_t begin, int64_t end) {
   const int64_t blocks = f.call.q_tiles();
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t item = block / blocks;
-    PYDL_FLOAT_SWITCH(f.call.q.dtype, fwd_tile<T>(f, FwdScratch<compute_t<T>>(f.call, memory), item % f.call.batch,
-                                                  item / f.call.batch, block % blocks));
+    const int64_t item = block / blocks, b = item % f.call.batch, h = item / f.call.batch;
+    const int64_t q_tile = block_at(f.call, b, h, block % blocks);
+    PYDL_FLOAT_SWITCH(f.call.q.dtype, fwd_tile<T>(f, FwdScratch<compute_t<T>>(f.call, memory), b, h, q_tile));
   }
 }
 

@@ -34,10 +34,11 @@ struct AttentionMasks {
   int64_t q_length, k_length;
 };
 
-// For each tile row, which tiles are not empty; partial ones come first. Null without a map.
+// For each tile row, which tiles are not empty, partial ones first; and in which order rows are taken. Null without a
+// map.
 struct AttentionTiles {
-  const int32_t *count, *list;
-  int64_t batch, head;  // strides of tile rows
+  const int32_t *count, *list;  // of a count: all, partial, and the row that is taken at this row's place
+  int64_t batch, head;          // strides of tile rows
 };
 
 struct AttentionCall {
@@ -160,19 +161,20 @@ class HostTiles {
                         classes.sizes[2] == nq && classes.sizes[3] == nk;
     STD_TORCH_CHECK(shaped, op, ": map must have classes of shape [1 or B, 1 or H, ", nq, ", ", nk, "]");
     const int64_t outer = classes.sizes[0] * classes.sizes[1];
-    STD_TORCH_CHECK(count.dtype == Dtype::kInt32 && count.numel() == outer * nq * 2 && list.dtype == Dtype::kInt32 &&
+    STD_TORCH_CHECK(count.dtype == Dtype::kInt32 && count.numel() == outer * nq * 3 && list.dtype == Dtype::kInt32 &&
                         list.numel() == outer * nq * nk,
-                    op, ": map must have int32 counts [.., nq, 2] and lists [.., nq, nk]");
+                    op, ": map must have int32 counts [.., nq, 3] and lists [.., nq, nk]");
     tiles = {static_cast<const int32_t*>(count.data), static_cast<const int32_t*>(list.data),
              classes.sizes[0] == 1 ? 0 : classes.sizes[1] * nq, classes.sizes[1] == 1 ? 0 : nq};
     for (int64_t row = 0; row < outer * nq; ++row) {
-      const int32_t all = tiles.count[2 * row], partial = tiles.count[2 * row + 1];
-      bool inside = 0 <= partial && partial <= all && all <= nk;
+      const int32_t all = tiles.count[3 * row], partial = tiles.count[3 * row + 1];
+      const int32_t taken = tiles.count[3 * row + 2];
+      bool inside = 0 <= partial && partial <= all && all <= nk && 0 <= taken && taken < nq;
       for (int64_t i = 0; inside && i < all; ++i) {
         const int32_t tile = tiles.list[row * nk + i] >> 1;
         inside = 0 <= tile && tile < nk;
       }
-      STD_TORCH_CHECK(inside, op, ": map names tiles beyond the ", nk, " that there are");
+      STD_TORCH_CHECK(inside, op, ": map names tiles beyond the ", nq, " x ", nk, " that there are");
     }
     if (!mask.has_value()) return;
     const Array given(*mask), words(map_[0]);

@@ -70,6 +70,9 @@ void attention_class_rows(const AttentionClasses& a, int64_t begin, int64_t end)
 
 #if PYDL_ISA_LEVEL == 0
 
+#include <algorithm>
+#include <numeric>
+
 namespace pydl {
 
 PYDL_CPU_DECLARE(void, attention_pack_rows, const AttentionPack&, int64_t, int64_t)
@@ -88,9 +91,22 @@ void list_tiles(const uint8_t* classes, int64_t outer, int64_t rows, int64_t n, 
       for (int64_t i = 0; i < n; ++i) {
         if (own[i * stride_entry] == kind) list[written++] = int32_t(2 * i + (kind - 1));
       }
-      counts[2 * slot + (kind == 1 ? 1 : 0)] = int32_t(written);
+      counts[3 * slot + (kind == 1 ? 1 : 0)] = int32_t(written);
     }
     for (; written < n; ++written) list[written] = 0;
+  }
+}
+
+// Rows by how many tiles they have, most first; of equal ones the last or the first.
+void order_rows(int64_t outer, int64_t rows, bool last_first, int32_t* counts) {
+  std::vector<int32_t> order(rows);
+  for (; outer > 0; --outer, counts += 3 * rows) {
+    std::iota(order.begin(), order.end(), 0);
+    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+      const int32_t left = counts[3 * a], right = counts[3 * b];
+      return left != right ? left > right : last_first ? a > b : a < b;
+    });
+    for (int64_t i = 0; i < rows; ++i) counts[3 * i + 2] = order[i];
   }
 }
 
@@ -133,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_map(
   }
   const int64_t nq = args.q_tiles, nk = args.k_tiles, outer = items * args.heads;
   const int64_t by_tile[] = {items, args.heads, nq, nk}, by_key[] = {items, args.heads, nk, nq};
-  const int64_t q_counts[] = {items, args.heads, nq, 2}, k_counts[] = {items, args.heads, nk, 2};
+  const int64_t q_counts[] = {items, args.heads, nq, 3}, k_counts[] = {items, args.heads, nk, 3};
   Output classes = host::empty(by_tile, 4, Dtype::kUInt8);
   Output q_count = host::empty(q_counts, 4, Dtype::kInt32), q_list = host::empty(by_tile, 4, Dtype::kInt32);
   Output k_count = host::empty(k_counts, 4, Dtype::kInt32), k_list = host::empty(by_key, 4, Dtype::kInt32);
@@ -144,6 +160,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_map(
              static_cast<int32_t*>(q_list.data));
   list_tiles(args.classes, outer, nk, nq, 1, nk, static_cast<int32_t*>(k_count.data),
              static_cast<int32_t*>(k_list.data));
+  order_rows(outer, nq, true, static_cast<int32_t*>(q_count.data));
+  order_rows(outer, nk, false, static_cast<int32_t*>(k_count.data));
   return {std::move(words.tensor),  std::move(classes.tensor), std::move(q_count.tensor),
           std::move(q_list.tensor), std::move(k_count.tensor), std::move(k_list.tensor)};
 }

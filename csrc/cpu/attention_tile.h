@@ -240,6 +240,14 @@ inline Vec<C> exp_of(Vec<C> x) {
   return exp2<C>(x * C(1.4426950408889634074));
 }
 
+// The block of queries at a place of its head: by the map, the longest and the shortest that are left in turns, so that
+// threads, each of which gets a stretch of places, get equal work.
+inline int64_t block_at(const AttentionCall& a, int64_t b, int64_t h, int64_t place) {
+  if (a.tiles.list == nullptr) return place;
+  const int64_t row = b * a.tiles.batch + h * a.tiles.head;
+  return a.tiles.count[3 * (row + (place % 2 == 0 ? place / 2 : a.q_tiles() - 1 - place / 2)) + 2];
+}
+
 // The tiles that a block of queries sees, by the map or by the band alone.
 struct TileRange {
   const int32_t* list;
@@ -261,7 +269,7 @@ inline TileRange tiles_of(const AttentionCall& a, int64_t b, int64_t h, int64_t 
   const int64_t k_tiles = a.k_tiles();
   if (a.tiles.list != nullptr) {
     const int64_t row = b * a.tiles.batch + h * a.tiles.head + q_tile;
-    return {a.tiles.list + row * k_tiles, a.tiles.count[2 * row], a.tiles.count[2 * row + 1], 0, 0, 0};
+    return {a.tiles.list + row * k_tiles, a.tiles.count[3 * row], a.tiles.count[3 * row + 1], 0, 0, 0};
   }
   const AttentionMasks& m = a.masks;
   const int64_t start = q_tile * kTileQ, last = smaller(start + kTileQ, a.q_length) - 1;

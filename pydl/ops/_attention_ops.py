@@ -47,9 +47,9 @@ def _map_fake(
     return (
         new(words, torch.int32),
         new((items, heads, nq, nk), torch.uint8),
-        new((items, heads, nq, 2), torch.int32),
+        new((items, heads, nq, 3), torch.int32),
         new((items, heads, nq, nk), torch.int32),
-        new((items, heads, nk, 2), torch.int32),
+        new((items, heads, nk, 3), torch.int32),
         new((items, heads, nk, nq), torch.int32),
     )
 
@@ -147,8 +147,9 @@ _NUMBERS = f"{_BAND}, float scale, float softcap, int precision"
 _UPSTREAM = "Tensor dout, Tensor? dlse"
 
 # six tensors: bits of the dense mask, 32 keys in each int32, lowest first; for every tile 0 empty, 1 partial, 2 full;
-# for each tile row how many tiles are not empty and how many of them partial, and which (twice the index, plus 1 if
-# full), the partial ones first; the same by columns
+# for each tile row how many tiles are not empty, how many of them partial, and, as the third number of entry i, which
+# row is taken i-th: those with the most tiles first, of equal ones the last; then which tiles a row has (twice the
+# index, plus 1 if full), the partial ones first; the same two by columns, of equal ones the first
 attention_map = Op(
     "attention_map",
     f"(Tensor? mask, {_VECTORS}, SymInt batch, SymInt q_length, SymInt k_length, {_BAND}) -> "
