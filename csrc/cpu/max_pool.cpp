@@ -248,6 +248,7 @@ void max_pool_tiles(const PoolFwd& a, void* scratch, int64_t begin, int64_t end)
 namespace pydl {
 
 PYDL_CPU_DECLARE(void, max_pool_tiles, const PoolFwd&, void*, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, max_pool_uneven, const PoolFwd&, void*, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, max_pool_rows, const PoolFwd&, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, max_pool_outputs, const PoolFwd&, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, max_pool_planes, const PoolFwd&, int64_t, int64_t)
@@ -269,14 +270,23 @@ void choose_tile(PoolFwd& a, int64_t element) {
 void run_contiguous(PoolFwd& a) {
   const PoolShape& s = a.shape;
   const int64_t element = host::size_of(host::compute_dtype(a.dtype)), planes = s.batch * s.channels;
-  choose_tile(a, element);
-  a.tile_bytes = (pool_tile(s, a.tile_rows, a.tile_cols).bytes(element, a.indices != nullptr) + 63) / 64 * 64;
-  const int64_t tiles = ((s.h.out + a.tile_rows - 1) / a.tile_rows) * ((s.w.out + a.tile_cols - 1) / a.tile_cols);
-  const int64_t work = a.tile_rows * a.tile_cols * (s.h.stride * s.w.stride + s.w.kernel);
+  int64_t tiles, work;
+  if (uneven(s)) {
+    a.tile_bytes = s.w.out * 24 + 4 * uneven_pitch(s.w) * element;
+    tiles = s.h.out;
+    work = s.w.in * (s.h.kernel + 4);
+  } else {
+    choose_tile(a, element);
+    a.tile_bytes = pool_tile(s, a.tile_rows, a.tile_cols).bytes(element, a.indices != nullptr);
+    tiles = ((s.h.out + a.tile_rows - 1) / a.tile_rows) * ((s.w.out + a.tile_cols - 1) / a.tile_cols);
+    work = a.tile_rows * a.tile_cols * (s.h.stride * s.w.stride + s.w.kernel);
+  }
+  a.tile_bytes = (a.tile_bytes + 63) / 64 * 64;
   if (s.d.in == 1 && s.d.out == 1 && s.d.kernel == 1) {
+    const auto run = uneven(s) ? PYDL_CPU_DISPATCH(max_pool_uneven) : PYDL_CPU_DISPATCH(max_pool_tiles);
     host::parallel(planes * tiles, work, [&](int64_t begin, int64_t end) {
       const host::Scratch scratch(a.tile_bytes);
-      PYDL_CPU_DISPATCH(max_pool_tiles)(a, scratch.get(), begin, end);
+      run(a, scratch.get(), begin, end);
     });
     return;
   }
@@ -324,9 +334,10 @@ Pooled max_pool_fwd(const Tensor& x_in, const PoolShape& s, bool with_indices, b
                    [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_planes)(a, begin, end); });
     return out;
   }
-  // Windows that are mostly padding, or more taps than the kernels number, are not worth a vector.
-  const bool uneven = !s.channels_last && (s.h.adaptive || s.w.adaptive);
-  if (taps_of(s) > 65536 || s.w.padding > s.w.in + 64 || uneven) {
+  // Windows that are mostly padding, or more taps or places than the kernels number, are not worth a vector.
+  const bool places_fit = (s.h.kernel << column_bits(s.w)) <= INT32_MAX;
+  const bool fit = !s.channels_last && uneven(s) ? places_fit : taps_of(s) <= 65536 && s.w.padding <= s.w.in + 64;
+  if (!fit) {
     host::parallel(outputs, inner_window(s),
                    [&](int64_t begin, int64_t end) { PYDL_CPU_DISPATCH(max_pool_outputs)(a, begin, end); });
     return out;

@@ -1,21 +1,34 @@
 // Max pooling, backward and its derivative.
 //
-// Backward in the contiguous layout: a thread owns whole planes and adds the gradients of a plane's outputs in order.
-// Channels-last layout: every input pixel gathers from the windows that cover it, vectorised over channels, in the same
-// order; with few channels or many taps a thread owns whole images instead. No element is written by two threads, so
-// results do not depend on them. Indices that lie outside the plane are skipped.
+// Backward: a thread owns whole planes, or images in the channels-last layout, and adds the gradients of their outputs
+// in order. Where there are many channels and few taps, max_pool_bwd_channels_last.cpp adds them up the other way
+// round, in the same order. No element is written by two threads, so results do not depend on them. Indices that lie
+// outside the plane are skipped.
 
 #include "common/pool.h"
 #include "common/vec.h"
 
-namespace pydl::PYDL_ISA {
+namespace pydl {
+namespace {
+
+inline constexpr int64_t kSmallPlane = 1024;  // elements
+
+}  // namespace
+
+namespace PYDL_ISA {
 namespace {
 
 // Where a stored index points: from an offset (number of a tap) or a flat position.
 class Resolver {
  public:
   explicit Resolver(const PoolBwd& a)
-      : d_(a.shape.d), h_(a.shape.h), w_(a.shape.w), gaps_(jumps(d_) || jumps(h_) || jumps(w_)) {
+      : d_(a.shape.d),
+        h_(a.shape.h),
+        w_(a.shape.w),
+        d_span_((d_.kernel - 1) * d_.dilation),
+        h_span_((h_.kernel - 1) * h_.dilation),
+        gaps_(jumps(d_) || jumps(h_) || jumps(w_)) {
+    const int64_t inner = a.shape.channels_last ? a.shape.channels : 1;
     if (a.flat) return;
     taps_ = smaller(255, smaller(256, d_.kernel) * smaller(256, h_.kernel * w_.kernel));
     for (int64_t tap = 0; tap < 256; ++tap) {
@@ -25,7 +38,8 @@ class Resolver {
       row_[tap] = exists ? j * h_.dilation : kNowhere;
       col_[tap] = exists ? k * w_.dilation : kNowhere;
       const uint64_t plane = uint64_t(depth_[tap]) * uint64_t(h_.in) + uint64_t(row_[tap]);
-      step_[tap] = exists ? int64_t(plane * uint64_t(w_.in) + uint64_t(col_[tap])) : kNowhere;
+      const uint64_t step = (plane * uint64_t(w_.in) + uint64_t(col_[tap])) * uint64_t(inner);
+      step_[tap] = exists ? int64_t(step) : kNowhere;
       border_[tap] = kNowhere;
     }
   }
@@ -42,12 +56,13 @@ class Resolver {
     // A window whose taps all miss the input has a position in padding, which may look like another row's.
     return gaps_ && !(reaches(d_, od) && reaches(h_, oh) && reaches(w_, ow)) ? -1 : flat;
   }
-  // The outputs that follow are those of row (od, oh).
-  void enter_row(int64_t od, int64_t oh) {
-    const int64_t depth = window_start(d_, od), row = window_start(h_, oh);
+  // The outputs that follow are those whose windows start at this depth and row.
+  void enter_row(int64_t depth, int64_t row) {
+    const int64_t last_depth = depth + d_span_, last_row = row + h_span_;
     origin_ = (depth * h_.in + row) * w_.in;
+    reach_ = (smaller(last_depth, d_.in - 1) * h_.in + smaller(last_row, h_.in - 1) + 1) * w_.in;
     steps_ = step_;
-    if (within(d_, depth) && within(h_, row)) return;
+    if (within(d_, depth, last_depth) && within(h_, row, last_row)) return;
     steps_ = border_;
     for (int64_t tap = 0; tap < taps_; ++tap) {
       const bool inside =
@@ -55,19 +70,19 @@ class Resolver {
       border_[tap] = inside ? step_[tap] : kNowhere;
     }
   }
-  // Position that an index of the row points to, for a window whose columns lie inside the input; the end of the plane
-  // is still to be checked.
-  int64_t in_row(uint8_t tap, int64_t, int64_t, int64_t ow) const {
-    return origin_ + window_start(w_, ow) + steps_[tap];
-  }
-  int64_t in_row(int64_t flat, int64_t od, int64_t oh, int64_t ow) const {
-    return gaps_ ? (*this)(flat, od, oh, ow) : flat;
-  }
+  // Pixel of the row that a window over column 0 begins with, and the elements from there to an offset's.
+  int64_t origin() const { return origin_; }
+  const int64_t* steps() const { return steps_; }
+  // Whether the offset of a window that starts at this column points to a column of the input.
+  bool in_columns(uint8_t tap, int64_t start) const { return uint64_t(start + col_[tap]) < uint64_t(w_.in); }
+  // Pixels of the image up to the last that offsets of the row point to.
+  int64_t reach() const { return reach_; }
 
  private:
   static bool jumps(const PoolDim& d) { return d.dilation > d.in; }
-  static bool within(const PoolDim& d, int64_t start) {
-    return start >= 0 && start + (d.kernel - 1) * d.dilation < d.in;
+  // The bound on an adaptive window's taps may reach past the end, its taps do not.
+  static bool within(const PoolDim& d, int64_t first, int64_t last) {
+    return d.adaptive || (first >= 0 && last < d.in);
   }
   static bool reaches(const PoolDim& d, int64_t o) {
     const Span<int64_t> taps = inner_taps(d, o);
@@ -76,15 +91,16 @@ class Resolver {
 
   static constexpr int64_t kNowhere = -(int64_t(1) << 62);
   const PoolDim d_, h_, w_;
+  const int64_t d_span_, h_span_;
   const bool gaps_;
   int64_t depth_[256], row_[256], col_[256], step_[256], border_[256];
   const int64_t* steps_ = step_;
-  int64_t origin_ = 0, taps_ = 0;
+  int64_t origin_ = 0, reach_ = 0, taps_ = 0;
 };
 
 // Outputs [first, last) whose windows lie inside the input along one dimension.
 inline Span<int64_t> interior(const PoolDim& d) {
-  if (d.adaptive) return {0, 0};  // the bound on the number of taps may reach past the end
+  if (d.adaptive) return {0, d.out};
   const int64_t first = smaller(ceil_div(d.padding, d.stride), d.out);
   const int64_t last = floor_div(d.in - 1 - (d.kernel - 1) * d.dilation + d.padding, d.stride) + 1;
   return {first, larger(first, smaller(last, d.out))};
@@ -92,137 +108,155 @@ inline Span<int64_t> interior(const PoolDim& d) {
 
 // ---- backward, a plane or an image at a time
 
-// Items are planes, or images with all their channels if LAST; `sums` holds one of the compute type unless that is T.
+// Sets sums to zero a little ahead of the additions, so that they are in the nearest cache when those come.
+template <class C>
+class Cleaner {
+  static constexpr int64_t kStretch = 256;
+
+ public:
+  Cleaner(C* sums, int64_t n) : sums_(sums), n_(n) {}
+  void reach(int64_t wanted) {
+    if (wanted <= clean_) return;
+    const int64_t from = clean_;
+    clean_ = smaller(n_, larger(wanted, from + kStretch));
+    sweep<C>(clean_ - from, [&](int64_t i, int, auto extent) { store(sums_ + from + i, Vec<C>{}, extent); });
+  }
+
+ private:
+  C* const sums_;
+  const int64_t n_;
+  int64_t clean_ = 0;
+};
+
+// A plane, or an image with all its channels if LAST: its outputs and where they are added up.
 template <bool LAST, class I, class T, class C>
-void scatter_items(const PoolBwd& a, C* sums, int64_t begin, int64_t end) {
-  const PoolShape& s = a.shape;
-  const int64_t inner = LAST ? s.channels : 1, row_outputs = s.w.out * inner, rows = s.d.out * s.h.out;
-  const int64_t pixels = s.d.in * s.h.in * s.w.in, inputs = pixels * inner;
-  Resolver resolve(a);
-  const Span<int64_t> cols = interior(s.w);
-  for (int64_t item = begin; item < end; ++item) {
-    const T* dy = static_cast<const T*>(a.dy) + item * rows * row_outputs;
-    const I* index = static_cast<const I*>(a.indices) + item * rows * row_outputs;
-    T* dx = static_cast<T*>(a.dx) + item * inputs;
-    if constexpr (is_same<T, C>) sums = dx;
-    sweep<C>(inputs, [&](int64_t i, int, auto extent) { store(sums + i, Vec<C>{}, extent); });
-    if (!LAST && rows * s.w.out == 1) {  // a window for a plane: nothing to prepare for its neighbours
-      const int64_t at = resolve(*index, 0, 0, 0);
-      if (at >= 0) sums[at] += to_compute(*dy);
-    }
-    for (int64_t row = LAST || rows * s.w.out > 1 ? 0 : rows; row < rows;
-         ++row, dy += row_outputs, index += row_outputs) {
-      const int64_t od = row / s.h.out, oh = row % s.h.out;
-      const auto add = [&](int64_t at, int64_t o, int64_t c) {
-        if (uint64_t(at) < uint64_t(pixels)) sums[at * inner + c] += to_compute(dy[o]);
-      };
-      const auto border = [&](int64_t from, int64_t to) {
-        for (int64_t ow = from, o = from * inner; ow < to; ++ow) {
-          for (int64_t c = 0; c < inner; ++c, ++o) add(resolve(index[o], od, oh, ow), o, c);
-        }
-      };
-      resolve.enter_row(od, oh);
-      border(0, cols.first);
-      for (int64_t ow = cols.first, o = cols.first * inner; ow < cols.last; ++ow) {
-        for (int64_t c = 0; c < inner; ++c, ++o) add(resolve.in_row(index[o], od, oh, ow), o, c);
+struct Scatter {
+  const T* dy;
+  const I* index;
+  C* sums;
+  int64_t inputs, channels;
+
+  int64_t inner() const { return LAST ? channels : 1; }
+  void add(int64_t at, int64_t o) const {
+    if (uint64_t(at) < uint64_t(inputs)) sums[at] += to_compute(dy[o]);
+  }
+};
+
+// The windows of a row: the elements before each, and which of them lie inside the input.
+struct RowWindows {
+  const PoolDim w;
+  const int64_t* starts;
+  const Span<int64_t> inside;
+};
+
+// Adds the outputs of row (od, oh), of which o is the first.
+template <bool LAST, class T, class C>
+void scatter_row(const Scatter<LAST, uint8_t, T, C>& p, const RowWindows& r, const Resolver& resolve, int64_t, int64_t,
+                 int64_t o) {
+  const int64_t origin = resolve.origin() * p.inner(), *steps = resolve.steps();
+  int64_t ow = 0;
+  const auto border = [&](int64_t last) {
+    for (; ow < last; ++ow) {
+      for (int64_t c = 0; c < p.inner(); ++c, ++o) {
+        const uint8_t tap = p.index[o];
+        if (resolve.in_columns(tap, window_start(r.w, ow))) p.add(origin + r.starts[ow] + steps[tap] + c, o);
       }
-      border(cols.last, s.w.out);
     }
+  };
+  border(r.inside.first);
+  for (; ow < r.inside.last; ++ow) {
+    const int64_t from = origin + r.starts[ow];
+    for (int64_t c = 0; c < p.inner(); ++c, ++o) p.add(from + steps[p.index[o]] + c, o);
+  }
+  border(r.w.out);
+}
+template <bool LAST, class T, class C>
+void scatter_row(const Scatter<LAST, int64_t, T, C>& p, const RowWindows& r, const Resolver& resolve, int64_t od,
+                 int64_t oh, int64_t o) {
+  for (int64_t ow = 0; ow < r.w.out; ++ow) {
+    for (int64_t c = 0; c < p.inner(); ++c, ++o) p.add(resolve(p.index[o], od, oh, ow) * p.inner() + c, o);
+  }
+}
+
+// Items are planes or images; `scratch` has room for the windows' starts and, if T is not the compute type, the sums of
+// one item.
+template <bool LAST, class I, class T, class C>
+void scatter_items(const PoolBwd& a, void* scratch, int64_t begin, int64_t end) {
+  const PoolShape& s = a.shape;
+  const int64_t inner = LAST ? s.channels : 1, row_outputs = s.w.out * inner;
+  const int64_t inputs = s.d.in * s.h.in * s.w.in * inner, outputs = s.d.out * s.h.out * row_outputs;
+  Resolver resolve(a);
+  int64_t *const depths = static_cast<int64_t*>(scratch), *const heights = depths + s.d.out;
+  int64_t* const starts = heights + s.h.out;
+  for (int64_t od = 0; od < s.d.out; ++od) depths[od] = window_start(s.d, od);
+  for (int64_t oh = 0; oh < s.h.out; ++oh) heights[oh] = window_start(s.h, oh);
+  for (int64_t ow = 0; ow < s.w.out; ++ow) starts[ow] = window_start(s.w, ow) * inner;
+  const RowWindows windows{s.w, starts, interior(s.w)};
+  for (int64_t item = begin; item < end; ++item) {
+    T* const dx = static_cast<T*>(a.dx) + item * inputs;
+    C* sums = reinterpret_cast<C*>(starts + s.w.out);
+    if constexpr (is_same<T, C>) sums = dx;
+    const Scatter<LAST, I, T, C> p{static_cast<const T*>(a.dy) + item * outputs,
+                                   static_cast<const I*>(a.indices) + item * outputs, sums, inputs, s.channels};
+    Cleaner<C> clean(sums, inputs);
+    if (sizeof(I) > 1) clean.reach(inputs);  // flat positions may be anywhere
+    int64_t od = 0, oh = 0;
+    for (int64_t o = 0; o < outputs; o += row_outputs) {
+      resolve.enter_row(depths[od], heights[oh]);
+      clean.reach(resolve.reach() * inner);
+      scatter_row(p, windows, resolve, od, oh, o);
+      if (++oh == s.h.out) oh = 0, ++od;
+    }
+    clean.reach(inputs);
     if constexpr (!is_same<T, C>) {
       sweep<C>(inputs, [&](int64_t i, int, auto extent) { store(dx + i, load(sums + i, extent), extent); });
     }
   }
 }
 
+// Offsets in planes so small that the preparation of a row would take most of the time: every window's first pixel is
+// found once for all planes.
+template <class T>
+void scatter_small_planes(const PoolBwd& a, void* scratch, int64_t begin, int64_t end) {
+  const PoolShape& s = a.shape;
+  const int64_t inputs = s.d.in * s.h.in * s.w.in, outputs = s.d.out * s.h.out * s.w.out;
+  const Resolver resolve(a);
+  int64_t* const starts = static_cast<int64_t*>(scratch);
+  for (int64_t o = 0; o < outputs; ++o) {
+    const int64_t row = o / s.w.out, depth = window_start(s.d, row / s.h.out);
+    starts[o] = (depth * s.h.in + window_start(s.h, row % s.h.out)) * s.w.in + window_start(s.w, o % s.w.out);
+  }
+  const T* dy = static_cast<const T*>(a.dy) + begin * outputs;
+  const uint8_t* index = static_cast<const uint8_t*>(a.indices) + begin * outputs;
+  for (int64_t item = begin; item < end; ++item, dy += outputs, index += outputs) {
+    T* const dx = static_cast<T*>(a.dx) + item * inputs;
+    sweep<T>(inputs, [&](int64_t i, int, auto extent) { store(dx + i, Vec<T>{}, extent); });
+    for (int64_t o = 0; o < outputs; ++o) {
+      const int64_t at = starts[o] + resolve.steps()[index[o]];
+      if (uint64_t(at) < uint64_t(inputs)) dx[at] += dy[o];
+    }
+  }
+}
+
+// Whether windows all lie inside a plane and there are at most kSmallPlane elements before and after pooling.
+inline bool small_planes(const PoolShape& s) {
+  const auto inside = [](const PoolDim& d) { return interior(d).first == 0 && interior(d).last == d.out; };
+  const bool few = s.d.in * s.h.in * s.w.in <= kSmallPlane && s.d.out * s.h.out * s.w.out <= kSmallPlane;
+  return few && inside(s.d) && inside(s.h) && inside(s.w);
+}
+
 template <class T, class C>
-void scatter(const PoolBwd& a, C* sums, int64_t begin, int64_t end) {
-  if (a.shape.channels_last) {
-    a.flat ? scatter_items<true, int64_t, T>(a, sums, begin, end)
-           : scatter_items<true, uint8_t, T>(a, sums, begin, end);
+void scatter(const PoolBwd& a, void* scratch, int64_t begin, int64_t end) {
+  const bool last = a.shape.channels_last;
+  if constexpr (is_same<T, C>) {
+    if (!last && !a.flat && small_planes(a.shape)) return scatter_small_planes<T>(a, scratch, begin, end);
+  }
+  if (a.flat) {
+    last ? scatter_items<true, int64_t, T, C>(a, scratch, begin, end)
+         : scatter_items<false, int64_t, T, C>(a, scratch, begin, end);
   } else {
-    a.flat ? scatter_items<false, int64_t, T>(a, sums, begin, end)
-           : scatter_items<false, uint8_t, T>(a, sums, begin, end);
-  }
-}
-
-// ---- backward, channels-last layout
-
-template <class C, class Extent>
-inline Mask<C> points_to(const uint8_t* index, int64_t tap, Extent extent) {
-  return equal(load_bytes<C>(index, extent), splat(int_t<C>(tap)));
-}
-template <class C, class Extent>
-inline Mask<C> points_to(const int64_t* index, int64_t position, Extent extent) {
-  return equal_int64<C>(index, position, extent);
-}
-
-// The windows that span one input pixel, and where it lies in the plane.
-struct Pixel {
-  int64_t n, id, ih, iw, place;
-  Span<int64_t> depths, rows, cols;
-};
-
-// covering(d, i) from that of the input before it, without a division.
-inline void advance(const PoolDim& d, int64_t i, Span<int64_t>& span) {
-  if (d.adaptive) {
-    span = covering(d, i);
-    return;
-  }
-  const int64_t reach = i + d.padding;
-  while (span.last < d.out && span.last * d.stride <= reach) ++span.last;
-  while (span.first < span.last && span.first * d.stride + (d.kernel - 1) * d.dilation < reach) ++span.first;
-}
-
-// U vectors of channels of one input pixel.
-template <int U, class I, class T, class C, class Extent>
-inline void gather_channels(const PoolBwd& a, const Pixel& p, int64_t c, Extent extent) {
-  const PoolShape& s = a.shape;
-  Vec<C> sums[U] = {};
-  for (int64_t od = p.depths.first; od < p.depths.last; ++od) {
-    const int64_t i = tap_at(s.d, od, p.id);
-    if (i < 0) continue;
-    for (int64_t oh = p.rows.first; oh < p.rows.last; ++oh) {
-      const int64_t j = tap_at(s.h, oh, p.ih);
-      if (j < 0) continue;
-      for (int64_t ow = p.cols.first; ow < p.cols.last; ++ow) {
-        const int64_t k = tap_at(s.w, ow, p.iw);
-        if (k < 0) continue;
-        const int64_t from = (((p.n * s.d.out + od) * s.h.out + oh) * s.w.out + ow) * s.channels + c;
-        const int64_t wanted = sizeof(I) == 1 ? (i * s.h.kernel + j) * s.w.kernel + k : p.place;
-        for (int u = 0; u < U; ++u) {
-          const int64_t at = from + u * kLanes<C>;
-          const Mask<C> mask = points_to<C>(static_cast<const I*>(a.indices) + at, wanted, extent);
-          sums[u] += select<C>(mask, load(static_cast<const T*>(a.dy) + at, extent), Vec<C>{});
-        }
-      }
-    }
-  }
-  T* dx = static_cast<T*>(a.dx) + (p.n * s.d.in * s.h.in * s.w.in + p.place) * s.channels + c;
-  for (int u = 0; u < U; ++u) store(dx + u * kLanes<C>, sums[u], extent);
-}
-
-// Items are input rows of images.
-template <class I, class T, class C>
-void gather_rows(const PoolBwd& a, int64_t begin, int64_t end) {
-  const PoolShape& s = a.shape;
-  constexpr int L = kLanes<C>;
-  Pixel p;
-  for (int64_t item = begin; item < end; ++item) {
-    p.n = item / (s.h.in * s.d.in);
-    p.id = item / s.h.in % s.d.in;
-    p.ih = item % s.h.in;
-    p.depths = covering(s.d, p.id);
-    p.rows = covering(s.h, p.ih);
-    p.cols = {0, 0};
-    for (p.iw = 0; p.iw < s.w.in; ++p.iw) {
-      advance(s.w, p.iw, p.cols);
-      p.place = (p.id * s.h.in + p.ih) * s.w.in + p.iw;
-      int64_t c = 0;
-      for (; c + 16 * L <= s.channels; c += 16 * L) gather_channels<16, I, T, C>(a, p, c, Whole{});
-      for (; c + 4 * L <= s.channels; c += 4 * L) gather_channels<4, I, T, C>(a, p, c, Whole{});
-      for (; c + L <= s.channels; c += L) gather_channels<1, I, T, C>(a, p, c, Whole{});
-      if (c < s.channels) gather_channels<1, I, T, C>(a, p, c, Part{s.channels - c});
-    }
+    last ? scatter_items<true, uint8_t, T, C>(a, scratch, begin, end)
+         : scatter_items<false, uint8_t, T, C>(a, scratch, begin, end);
   }
 }
 
@@ -256,17 +290,8 @@ void pick_items(const PoolBwd& a, int64_t begin, int64_t end) {
 }  // namespace
 
 // Planes of the contiguous layout, or images of the channels-last layout, [begin, end).
-void max_pool_scatter(const PoolBwd& a, void* sums, int64_t begin, int64_t end) {
-  PYDL_FLOAT_SWITCH(a.dtype, scatter<T>(a, static_cast<compute_t<T>*>(sums), begin, end));
-}
-
-// Rows [begin, end) of the batch * d.in * h.in input rows of the channels-last layout.
-void max_pool_gather_rows(const PoolBwd& a, int64_t begin, int64_t end) {
-  if (a.flat) {
-    PYDL_FLOAT_SWITCH(a.dtype, gather_rows<int64_t, T, compute_t<T>>(a, begin, end));
-  } else {
-    PYDL_FLOAT_SWITCH(a.dtype, gather_rows<uint8_t, T, compute_t<T>>(a, begin, end));
-  }
+void max_pool_scatter(const PoolBwd& a, void* scratch, int64_t begin, int64_t end) {
+  PYDL_FLOAT_SWITCH(a.dtype, scatter<T, compute_t<T>>(a, scratch, begin, end));
 }
 
 // Planes, or output rows of images in the channels-last layout, [begin, end).
@@ -278,7 +303,8 @@ void max_pool_pick(const PoolBwd& a, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace pydl::PYDL_ISA
+}  // namespace PYDL_ISA
+}  // namespace pydl
 
 #if PYDL_ISA_LEVEL == 0
 
@@ -297,8 +323,10 @@ void run_scatter(const PoolBwd& a) {
   const int64_t items = s.channels_last ? s.batch : s.batch * s.channels, inner = s.channels_last ? s.channels : 1;
   const int64_t inputs = s.d.in * s.h.in * s.w.in * inner, outputs = s.d.out * s.h.out * s.w.out * inner;
   host::parallel(items, inputs / 4 + outputs * 4, [&](int64_t begin, int64_t end) {
-    const host::Scratch sums(compute == a.dtype ? 0 : inputs * host::size_of(compute));
-    PYDL_CPU_DISPATCH(max_pool_scatter)(a, sums.get(), begin, end);
+    // starts of windows, and the sums of one item
+    const host::Scratch scratch((s.d.out + s.h.out + s.w.out + kSmallPlane) * 8 +
+                                (compute == a.dtype ? 0 : inputs * host::size_of(compute)));
+    PYDL_CPU_DISPATCH(max_pool_scatter)(a, scratch.get(), begin, end);
   });
 }
 

@@ -6,6 +6,7 @@
 namespace pydl::PYDL_ISA {
 
 void max_pool_tiles(const PoolFwd& a, void* scratch, int64_t begin, int64_t end);
+void max_pool_uneven(const PoolFwd& a, void* scratch, int64_t begin, int64_t end);
 
 namespace {
 
@@ -70,7 +71,11 @@ void volumes(const PoolFwd& a, void* scratch, int64_t begin, int64_t end) {
                          n};
   for (int64_t plane = begin; plane < end; ++plane) {
     slice.x = static_cast<const T*>(a.x) + plane * s.d.in * s.h.in * s.w.in;
-    max_pool_tiles(slice, scratch, 0, s.d.in * a.slice_tiles);
+    if (uneven(s)) {
+      max_pool_uneven(slice, scratch, 0, s.d.in * s.h.out);
+    } else {
+      max_pool_tiles(slice, scratch, 0, s.d.in * a.slice_tiles);
+    }
     for (int64_t od = 0; od < s.d.out; ++od) {
       const int64_t position = (plane * s.d.out + od) * n;
       a.indices == nullptr ? compare_depths<false, T, C>(a, slices, od, position)

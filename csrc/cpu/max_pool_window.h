@@ -4,7 +4,25 @@
 #include "common/pool.h"
 #include "common/vec.h"
 
-namespace pydl::PYDL_ISA {
+namespace pydl {
+namespace {
+
+// Adaptive windows of two lengths over the contiguous layout: a value's place holds its column in so many bits, and a
+// row of maxima takes so many elements.
+inline int64_t column_bits(const PoolDim& w) {
+  int64_t bits = 1;
+  while ((int64_t(1) << bits) < w.in) ++bits;
+  return bits;
+}
+inline int64_t uneven_pitch(const PoolDim& w) {
+  constexpr int64_t kSlack = 16;  // lanes of the widest vector: loads and stores run over by less
+  return w.in + w.kernel + 2 * kSlack;
+}
+inline bool uneven(const PoolShape& s) { return s.h.adaptive || s.w.adaptive; }
+
+}  // namespace
+
+namespace PYDL_ISA {
 namespace {
 
 // Whether v takes the place of the best so far.
@@ -63,4 +81,5 @@ inline void store_indices(const PoolFwd& a, int64_t position, int64_t window, in
 }
 
 }  // namespace
-}  // namespace pydl::PYDL_ISA
+}  // namespace PYDL_ISA
+}  // namespace pydl

@@ -253,19 +253,6 @@ def _check(
 _check_once = functools.lru_cache(maxsize=1024)(_check)
 
 
-_UNEVEN = (
-    "parts of two lengths of contiguous planes: 0.7 of torch's speed on a CPU (max_pool adaptive7-16x256x30x30 fwd)"
-)
-
-
-def _uneven(x: Tensor, size: list[int]) -> bool:
-    """Whether no vectorised CPU kernel takes these parts; the depths of a volume may be of any length."""
-    if not x.is_cpu or not x.is_contiguous():
-        return False
-    last = zip(x.shape[::-1], size[::-1], (0, 1), strict=False)
-    return any(o > 0 and n % o != 0 for n, o, _ in last)
-
-
 def _adaptive(dims: int, input: Tensor, size: int | Sequence[int | None], return_indices: bool) -> _Pooled:
     name = f"adaptive_max_pool{dims}d"
     need_tensor(name, input)
@@ -273,7 +260,7 @@ def _adaptive(dims: int, input: Tensor, size: int | Sequence[int | None], return
     if 0 in input.shape[-dims - 1 :]:
         raise RuntimeError(f"{name}: argument 'input' must only have N possibly 0, got {list(input.shape)}")
     input = widened(dims, input)
-    decision = choose(_FAMILIES[name], input, best=_UNEVEN if _uneven(input, window) else "")
+    decision = choose(_FAMILIES[name], input)
     if decision.backend == "torch":
         pooled: _Pooled = getattr(torch.nn.functional, name)(input, window, return_indices)
         return pooled

@@ -171,6 +171,9 @@ def _adaptive_cases(dims: int) -> Iterator[Case]:
     yield Case("empty batch", (np.zeros((0, 3, *odd)), 4))
     yield Case("ties", (np.round(normal(2, 8, *odd)), 4, True))
     yield Case("NaN and inf", (_special(normal(2, 8, *odd), rng), 4, True))
+    long = {1: (200,), 2: (5, 200), 3: (3, 5, 200)}[dims]  # parts of 67 and 68 columns: several vectors
+    yield Case("long parts, ties", (np.round(normal(2, 2, *long)), 3, True))
+    yield Case("long parts, NaN and inf", (_special(normal(2, 2, *long), rng), 3, True))
 
 
 def _spec(dims: int, adaptive: bool) -> Spec:
