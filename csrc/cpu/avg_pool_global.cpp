@@ -31,8 +31,10 @@ inline Vec<compute_t<T>> load_by_halves(const T* p) {
 
 template <bool HALVES, class T, class C>
 inline Vec<C> sum_lanes(const T* x, int64_t n) {
+  constexpr int64_t kAhead = 2048 / sizeof(T);  // planes are read on end, but the prefetcher stops at each page
   Vec<C> parts[4] = {};
   sweep<C>(n, [&](int64_t i, int slot, auto extent) {
+    __builtin_prefetch(x + i + kAhead);
     if constexpr (HALVES && is_same<decltype(extent), Whole>) {
       parts[slot] += load_by_halves(x + i);
     } else {

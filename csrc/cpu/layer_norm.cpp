@@ -127,8 +127,11 @@ void fwd_rows(const LayerNormFwd& a, C* buffer, int64_t begin, int64_t end) {
     const RowMoments<C> m = a.mean != nullptr ? row_moments(values, a.cols, a.eps) : mean_square(values, a.cols, a.eps);
     if (a.mean != nullptr) static_cast<C*>(a.mean)[row] = m.mean;
     static_cast<C*>(a.rstd)[row] = m.rstd;
+    // While this row is written memory has time for the next one, if the second-nearest cache has room for both.
+    const bool fetch = a.cols * int64_t(sizeof(T)) <= 262144;
     const Vec<C> mean = splat(m.mean), rstd = splat(m.rstd), shift = splat(-m.rest * m.rstd);
     sweep<C>(a.cols, [&](int64_t i, int, auto extent) {
+      if (fetch) __builtin_prefetch(x + a.row_stride + i, 0, 2);
       Vec<C> v = (load(values + i, extent) - mean) * rstd + shift;
       if (weight != nullptr) v *= load(weight + i, extent);
       if (bias != nullptr) v += load(bias + i, extent);
