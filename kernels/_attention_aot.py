@@ -72,4 +72,13 @@ def cases_of(
             constants |= {"BLOCK_D": head_block(d), "BLOCK_DV": head_block(d)}
             label = f"{dtype} {precision} D={d} {kind} tile {tile.block_m}x{tile.block_n}"
             quick = dtype == "bf16" and d == 64 and kind == "mask"
-            yield Case(kernel, label, types_of(dtype), constants, tile.num_warps, quick, tile.num_stages)
+            case = Case(kernel, label, types_of(dtype), constants, tile.num_warps, quick, tile.num_stages)
+            yield case._replace(constexprs=constants | {"DESCRIBED": False})
+            if tile.described:
+                rows = {"q_ptr": tile.block_m, "k_ptr": tile.block_n, "v_ptr": tile.block_n}
+                types = {name: f"tensordesc<{dtype}[1, 1, {n}, {head_block(d)}]>" for name, n in rows.items()}
+                yield case._replace(
+                    label=f"{label} described",
+                    types=case.types | types,
+                    constexprs=constants | {"DESCRIBED": True},
+                )

@@ -24,12 +24,13 @@ LOG2E = 1.4426950408889634
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile, warps and pipeline stages."""
+    """Queries and keys of a tile, warps, pipeline stages, and whether rows are read through tensor descriptors."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    described: bool = False
 
 
 @triton.jit
@@ -263,6 +264,21 @@ def _fitted(tile: Tiles, kernel: str, queries: int, wide: int, itemsize: int, he
     return tile._replace(block_m=block_m)
 
 
+# Where the forward reads q, k and v through tensor descriptors: by arch, bytes of an element, bytes of a row and
+# whether masks are heavy. Not measured on a GPU: an entry that proves slower than pointers is to be deleted. Chosen
+# because a loop then holds no addresses and masks of rows (on sm_90 up to 44 registers less). fp32 is not here: its
+# products are made from registers, and wait for them, not for memory. So are all on sm_120, and what is not here for it
+# and for sm_100 spills 80 to 992 bytes with descriptors.
+_DESCRIBED = {
+    *((90, 2, wide, heavy) for wide in (128, 256, 512) for heavy in (False, True)),
+    *((100, 2, wide, heavy) for wide in (128, 256, 512) for heavy in (False, True) if (wide, heavy) != (128, True)),
+    (120, 2, 128, False),
+}
+if _OLDER:
+    # with descriptors these spill 8 to 72 bytes under Triton 3.6
+    _DESCRIBED -= {(100, 2, 512, False), (120, 2, 128, False)}
+
+
 @functools.lru_cache(maxsize=1024)
 def fwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) -> Tiles:
     """Tile of the forward: as many queries as registers hold beside the sums; fewer stages on small parts."""
@@ -275,7 +291,10 @@ def fwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) 
         block_m, block_n = 64 if wide <= 512 else 32, 16 if wide == 256 and not hopper else 32
     stages = 3 if wide <= 128 and hopper else 1 if itemsize == 4 and heavy else 2
     tile = _fitted(Tiles(block_m, block_n, 8, stages), "fwd", queries, wide, itemsize, heavy, device.arch)
-    return tile if tile.block_m >= 64 else tile._replace(num_warps=4)
+    if tile.block_m < 64:
+        # so few queries that a call waits for its launch, which descriptors make longer
+        return tile._replace(num_warps=4)
+    return tile._replace(described=(device.arch, itemsize, wide, heavy) in _DESCRIBED)
 
 
 @functools.lru_cache(maxsize=1024)

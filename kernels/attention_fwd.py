@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._aot import Case
 from ._attention_aot import cases_of
+from ._attention_loads import load_tile, tile_inputs
 from ._attention_tiles import (
     TILE_K,
     TILE_Q,
@@ -26,7 +27,6 @@ from ._attention_tiles import (
     is_heavy,
     like_rows,
     listed_blocks,
-    load_rows,
     mask_arguments,
     near,
     precision_name,
@@ -42,12 +42,12 @@ from ._launch import cdiv, device_facts, device_guard, require_dtype
 @triton.jit
 def _fwd_tiles(
     acc, top, total, q, start_m, offs_m, offs_d, offs_dv, first, last, jump_at, jump, list_ptr, k_ptr, v_ptr, bias_ptr,
-    words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, b, Sq, Sk, D, DV, stride_kn, stride_kd,
+    words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, b, hk, Sq, Sk, D, DV, stride_kn, stride_kd,
     stride_vn, stride_vd,
     stride_bm, stride_bn, stride_wm, low, high, below, scale, softcap, MASKED: tl.constexpr, BAND: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WORDS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds blocks first..last of keys to the running (sum of p v, maximum, sum of p); scores in units of log2.
 
@@ -60,8 +60,8 @@ def _fwd_tiles(
         else:
             start = block * BLOCK_N
         offs_n = start + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, start, offs_n, offs_d, Sk, D, stride_kn, stride_kd)
-        v = load_rows(v_ptr, start, offs_n, offs_dv, Sk, DV, stride_vn, stride_vd)
+        k = load_tile(k_ptr, b, hk, start, offs_n, offs_d, Sk, D, stride_kn, stride_kd, DESCRIBED)
+        v = load_tile(v_ptr, b, hk, start, offs_n, offs_dv, Sk, DV, stride_vn, stride_vd, DESCRIBED)
         s, _ = tile_scores(q, tl.trans(k), scale, softcap, HAS_SOFTCAP, PRECISION)
         if HAS_BIAS:
             bias = tile_bias(bias_ptr, start_m, start, offs_m, offs_n, Sq, Sk, stride_bm, stride_bn)
@@ -93,8 +93,9 @@ def _attention_fwd_kernel(
     stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_wm, tile_b, tile_h, tile_heads,
     low, high, below, scale, softcap, BAND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WORDS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_IDS: tl.constexpr, HAS_PREFIX: tl.constexpr,
-    HAS_MAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TILE_Q: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_MAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
+    TILE_Q: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     # heads that take turns come first, then places in their order of blocks
     head = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
@@ -110,13 +111,16 @@ def _attention_fwd_kernel(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    k_ptr += b * stride_kb + h // GROUP * stride_kh
-    v_ptr += b * stride_vb + h // GROUP * stride_vh
+    hk = h // GROUP
+    if not DESCRIBED:
+        q_ptr += b * stride_qb + h * stride_qh
+        k_ptr += b * stride_kb + hk * stride_kh
+        v_ptr += b * stride_vb + hk * stride_vh
     if HAS_BIAS:
         bias_ptr += b * stride_bb + h * stride_bh
     if HAS_WORDS:
         words_ptr += b * stride_wb + h * stride_wh
-    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, offs_m, offs_d, Sq, D, stride_qm, stride_qd)
+    q = load_tile(q_ptr, b, h, start_m, offs_m, offs_d, Sq, D, stride_qm, stride_qd, DESCRIBED)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -134,9 +138,9 @@ def _attention_fwd_kernel(
         acc, top, total = _fwd_tiles(
             acc, top, total, q, start_m, offs_m, offs_d, offs_dv, first, last, full, 0 if part else rest - full,
             list_ptr, k_ptr, v_ptr, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, b,
-            Sq, Sk, D, DV, stride_kn, stride_kd, stride_vn, stride_vd, stride_bm, stride_bn, stride_wm, low, high,
+            hk, Sq, Sk, D, DV, stride_kn, stride_kd, stride_vn, stride_vd, stride_bm, stride_bn, stride_wm, low, high,
             below, scale, softcap, part == 0, BAND, HAS_BIAS, HAS_WORDS, HAS_LENGTHS, HAS_PADDING, HAS_IDS, HAS_PREFIX,
-            HAS_MAP, HAS_SOFTCAP, PRECISION, SPLIT, BLOCK_N,
+            HAS_MAP, HAS_SOFTCAP, PRECISION, DESCRIBED, SPLIT, BLOCK_N,
         )  # fmt: skip
     mask_m = offs_m < Sq
     out = tl.where(total[:, None] > 0.0, acc / tl.where(total > 0.0, total, 1.0)[:, None], 0.0)
@@ -185,20 +189,22 @@ def attention_fwd(
     tile = fwd_tiles(queries, max(d, dv), q.element_size(), heavy, device_facts(q))
     group = heads // max(k.shape[1], 1)
     mapped = bool(tiles)
+    inputs, described = tile_inputs((q, k, v), (tile.block_m, tile.block_n, tile.block_n), tile.described)
     blocks = blocks_of(queries, tile.block_m, TILE_Q, mapped)
     turns = turns_of(batch * heads, keys * (d + dv) * q.element_size() // group, mapped)
     with device_guard(q):
         _attention_fwd_kernel[(turns, blocks, batch * heads // turns)](
-            q, k, v, *masks.pointers, *masks.tiles[:2], out, lse, heads, group, queries, keys, d,
+            *inputs, *masks.pointers, *masks.tiles[:2], out, lse, heads, group, queries, keys, d,
             dv, cdiv(queries, TILE_Q), cdiv(keys, TILE_K), *q.stride(), *k.stride(), *v.stride(), *out.stride(),
             *masks.strides, *masks.tile_strides, tiles[1].shape[1] if mapped else 1, *masks.band, scale, softcap or 1.0,
-            **masks.flags, HAS_SOFTCAP=softcap != 0.0, PRECISION=precision_name(precision), TILE_Q=TILE_Q,
-            SPLIT=TILE_K // tile.block_n, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=head_block(d),
-            BLOCK_DV=head_block(dv), num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            **masks.flags, HAS_SOFTCAP=softcap != 0.0, PRECISION=precision_name(precision), DESCRIBED=described,
+            TILE_Q=TILE_Q, SPLIT=TILE_K // tile.block_n, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_D=head_block(d), BLOCK_DV=head_block(dv), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 
 
 def aot_cases(arch: int) -> Iterator[Case]:
-    """The tiles of usual head dimensions, for a band, a dense mask, and every mask at once."""
+    """The tiles of usual head dimensions, for a band, a dense mask, and every mask at once; both ways to read rows."""
     yield from cases_of(_attention_fwd_kernel, arch, fwd_tiles)
