@@ -56,6 +56,7 @@ Sums sums_around(const PlaneChunk<T, C>& chunk, C centre) {
     for (int64_t start = 0; start < n; start += kSumBlock) {
       const int64_t size = smaller(kSumBlock, n - start);
       sweep<C>(size, [&](int64_t i, int slot, auto extent) {
+        fetch_ahead(x + start + i);
         const Vec<C> d = load(x + start + i, extent, splat(centre)) - centre;
         t[slot] += d;
         q[slot] += d * d;

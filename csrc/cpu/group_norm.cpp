@@ -64,29 +64,33 @@ template <class T>
 struct Apply {
   using C = compute_t<T>;
 
-  // Part of channel c of sample n.
+  // Part of channel c of group i of all, beginning at `offset`.
   template <Activation ACT>
-  static void piece(const GroupNorm& a, int64_t n, int64_t c, int64_t start, int64_t size) {
-    const int64_t all = a.all_groups(), offset = (n * a.channels + c) * a.inner + start;
-    const C* table = static_cast<const C*>(a.table) + n * a.groups + c / a.group_channels();
+  static void piece(const GroupNorm& a, int64_t i, int64_t c, int64_t offset, int64_t size) {
+    const int64_t all = a.all_groups();
+    const C* table = static_cast<const C*>(a.table) + i;
     const C weight = static_cast<const C*>(a.weight)[c], bias = static_cast<const C*>(a.bias)[c];
     const Vec<C> mean = splat(table[0]), scale = splat(table[all] * weight);
     const Vec<C> shift = splat(table[2 * all] * weight + bias);
     const T* x = static_cast<const T*>(a.x) + offset;
     T* y = static_cast<T*>(a.y) + offset;
     sweep<C>(size, [&](int64_t i, int, auto extent) {
+      fetch_ahead(y + i);
       store(y + i, activate<ACT, C>((load(x + i, extent) - mean) * scale + shift), extent);
     });
   }
 
-  // Group i of all, from its last channel to the first: what was read last is in the cache.
   template <Activation ACT>
-  static void group(const GroupNorm& a, int64_t i, int64_t) {
-    const int64_t n = i / a.groups, width = a.group_channels(), first = (i - n * a.groups) * width;
-    if (a.inner > 1) {
-      for (int64_t c = first + width; c-- > first;) piece<ACT>(a, n, c, 0, a.inner);
-      return;
-    }
+  static void groups(const GroupNorm& a, int64_t begin, int64_t end) {
+    if (a.inner == 1) return each_group(a, begin, end, [&](auto... group) { row<ACT>(a, group...); });
+    each_group(a, begin, end, [&](int64_t i, int64_t, int64_t first, int64_t width) {
+      for (int64_t k = 0; k < width; ++k) piece<ACT>(a, i, first + k, (i * width + k) * a.inner, a.inner);
+    });
+  }
+
+  // Group i of all, whose channels have one value each.
+  template <Activation ACT>
+  static void row(const GroupNorm& a, int64_t i, int64_t, int64_t first, int64_t width) {
     const C* table = static_cast<const C*>(a.table) + i;
     const C *weight = static_cast<const C*>(a.weight) + first, *bias = static_cast<const C*>(a.bias) + first;
     const Vec<C> mean = splat(table[0]), rstd = splat(table[a.all_groups()]), rest = splat(table[2 * a.all_groups()]);
@@ -100,8 +104,9 @@ struct Apply {
 
   template <Activation ACT>
   static void planes(const GroupNorm& a, int64_t begin, int64_t end) {
+    const int64_t width = a.group_channels();
     each_piece_of_planes(a.inner, kPlanePiece, begin, end, [&](int64_t plane, int64_t start, int64_t size) {
-      piece<ACT>(a, plane / a.channels, plane % a.channels, start, size);
+      piece<ACT>(a, plane / width, plane % a.channels, plane * a.inner + start, size);
     });
   }
 
@@ -203,13 +208,15 @@ void group_norm_apply(const GroupNorm& a, void* buffer, int64_t begin, int64_t e
 
 // Everything of groups [begin, end), or of samples.
 void group_norm_units(const GroupNorm& a, void* buffer, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    group_norm_stats(a, buffer, i * a.chunks(), (i + 1) * a.chunks());
-    group_norm_merge(a, i, i + 1);
+  const int64_t batch = a.rows ? 1 : a.groups_at_once();
+  for (int64_t i = begin; i < end; i += batch) {
+    const int64_t last = smaller(end, i + batch);
+    group_norm_stats(a, buffer, i * a.chunks(), last * a.chunks());
+    group_norm_merge(a, i, last);
     if (a.rows) {
       PYDL_FLOAT_SWITCH(a.dtype, apply_sample<T>(a, buffer, i, 0, a.sample_rows()));
     } else {
-      PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_ACTIVATION(Apply<T>::template group, a, i, 0));
+      PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_ACTIVATION(Apply<T>::template groups, a, i, last));
     }
   }
 }

@@ -31,6 +31,9 @@ struct GroupNorm {
   int64_t group_channels() const { return channels / groups; }
   int64_t group_size() const { return group_channels() * inner; }
   int64_t all_groups() const { return samples * groups; }
+  // Planes: small groups of which a thread takes several at once. Their values stay in its first cache, and the last
+  // steps of their statistics, a chain of divisions and a root, overlap.
+  int64_t groups_at_once() const { return group_size() < 2048 ? 4096 / group_size() : 1; }
   // rows: wide rows of a sample, and the chunks that they are summed in
   int64_t sample_rows() const { return stats.cut.full + (stats.cut.rest > 0); }
   int64_t chunks() const { return stats.cut.chunks + (rows && stats.cut.rest > 0); }

@@ -10,38 +10,29 @@ namespace pydl {
 namespace PYDL_ISA {
 namespace {
 
-// What dx needs of a group: dx = ((dz * weight - along) - (x - mean) * slope) * rstd.
-template <class C>
-struct GroupSlope {
-  C along, slope;
-};
-
 template <class T>
 struct Backward {
   using C = compute_t<T>;
 
   static C* sums_of(const GroupNorm& a, int64_t n) { return static_cast<C*>(a.sums) + n * 2 * a.channels; }
-  static const C* table_of(const GroupNorm& a, int64_t n) { return static_cast<const C*>(a.table) + n * a.groups; }
 
-  static GroupSlope<C> slope_of(const GroupNorm& a, int64_t n, int64_t g) {
-    const C *sums = sums_of(a, n), *weight = static_cast<const C*>(a.weight);
-    const int64_t width = a.group_channels();
-    double total = 0, dot = 0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      total += double(weight[c]) * double(sums[c]);
-      dot += double(weight[c]) * double(sums[a.channels + c]);
+  // mean, rstd, along and slope of group i of all: dx = ((dz * weight - along) - (x - mean) * slope) * rstd.
+  struct Coefficients {
+    C *mean, *rstd, *along, *slope;
+    Coefficients(const GroupNorm& a, int64_t i) {
+      mean = static_cast<C*>(a.table) + i;
+      rstd = mean + a.all_groups();
+      along = rstd + a.all_groups();
+      slope = along + a.all_groups();
     }
-    const double rstd = table_of(a, n)[a.all_groups() + g], each = 1 / double(a.group_size());
-    return {C(total * each), C(dot * each * rstd * rstd)};
-  }
+  };
 
-  // What a channel of a sample has in common.
+  // What a channel of a group has in common.
   struct Constants {
     Vec<C> mean, rstd, weight, scale, shift;
-    Constants(const GroupNorm& a, int64_t n, int64_t g, int64_t c) {
-      const C* table = table_of(a, n) + g;
-      const C r = table[a.all_groups()], w = static_cast<const C*>(a.weight)[c];
-      mean = splat(table[0]);
+    Constants(const GroupNorm& a, const Coefficients& of, int64_t c) {
+      const C r = *of.rstd, w = static_cast<const C*>(a.weight)[c];
+      mean = splat(*of.mean);
       rstd = splat(r);
       weight = splat(w);
       scale = splat(r * w);
@@ -49,17 +40,36 @@ struct Backward {
     }
   };
 
+  // along and slope of groups [begin, end) from the sums of their channels.
+  static void slopes(const GroupNorm& a, int64_t begin, int64_t end) {
+    const double each = 1 / double(a.group_size());
+    each_group(a, begin, end, [&](int64_t i, int64_t n, int64_t first, int64_t width) {
+      const C *sums = sums_of(a, n) + first, *weight = static_cast<const C*>(a.weight) + first;
+      double total = 0, dot = 0;
+      for (int64_t k = 0; k < width; ++k) {
+        total += double(weight[k]) * double(sums[k]);
+        dot += double(weight[k]) * double(sums[a.channels + k]);
+      }
+      const Coefficients of(a, i);
+      const double rstd = *of.rstd;
+      *of.along = C(total * each);
+      *of.slope = C(dot * each * rstd * rstd);
+    });
+  }
+
   // ---- planes
 
+  // Of channel c of group i, whose values begin at `offset`.
   template <Activation ACT>
-  static void plane_sums(const GroupNorm& a, int64_t n, int64_t g, int64_t c) {
-    const Constants k(a, n, g, c);
+  static void plane_sums(const GroupNorm& a, int64_t i, int64_t c, int64_t offset, C* sums) {
+    const Constants k(a, Coefficients(a, i), c);
     double total = 0, along = 0;
     for (int64_t start = 0; start < a.inner; start += kSumBlock) {
-      const int64_t offset = (n * a.channels + c) * a.inner + start;
-      const T *x = static_cast<const T*>(a.x) + offset, *dy = static_cast<const T*>(a.dy) + offset;
+      const T *x = static_cast<const T*>(a.x) + offset + start, *dy = static_cast<const T*>(a.dy) + offset + start;
       Vec<C> t[4] = {}, p[4] = {};
       sweep<C>(smaller(kSumBlock, a.inner - start), [&](int64_t i, int slot, auto extent) {
+        fetch_ahead(x + i);
+        fetch_ahead(dy + i);
         const Vec<C> d = load(x + i, extent, k.mean) - k.mean;  // of a missing lane 0: 0 * inf would leave a NaN
         const Vec<C> dz = through<ACT, C>(load(dy + i, extent), d * k.scale + k.shift);
         t[slot] += dz;
@@ -68,28 +78,28 @@ struct Backward {
       total += double(sum(add_up(t)));
       along += double(sum(add_up(p)));
     }
-    C* sums = sums_of(a, n);
     sums[c] = C(total);
     sums[a.channels + c] = C(along);
   }
 
   template <Activation ACT>
   static void sums_of_planes(const GroupNorm& a, int64_t begin, int64_t end) {
+    const int64_t width = a.group_channels();
     for (int64_t plane = begin; plane < end; ++plane) {
-      const int64_t n = plane / a.channels, c = plane - n * a.channels;
-      plane_sums<ACT>(a, n, c / a.group_channels(), c);
+      const int64_t n = plane / a.channels;
+      plane_sums<ACT>(a, plane / width, plane - n * a.channels, plane * a.inner, sums_of(a, n));
     }
   }
 
   template <Activation ACT>
-  static void dx_piece(const GroupNorm& a, int64_t n, int64_t g, int64_t c, const GroupSlope<C>& s, int64_t start,
-                       int64_t size) {
-    const Constants k(a, n, g, c);
-    const Vec<C> along = splat(s.along), slope = splat(s.slope);
-    const int64_t offset = (n * a.channels + c) * a.inner + start;
+  static void dx_piece(const GroupNorm& a, int64_t i, int64_t c, int64_t offset, int64_t size) {
+    const Coefficients of(a, i);
+    const Constants k(a, of, c);
+    const Vec<C> along = splat(*of.along), slope = splat(*of.slope);
     const T *x = static_cast<const T*>(a.x) + offset, *dy = static_cast<const T*>(a.dy) + offset;
     T* dx = static_cast<T*>(a.dx) + offset;
     sweep<C>(size, [&](int64_t i, int, auto extent) {
+      fetch_ahead(dx + i);
       const Vec<C> d = load(x + i, extent) - k.mean;
       const Vec<C> dz = through<ACT, C>(load(dy + i, extent), d * k.scale + k.shift);
       // In this order equal terms cancel exactly, as they must where a group has one or two values.
@@ -97,47 +107,52 @@ struct Backward {
     });
   }
 
-  // Planes of one value each: the group is a row of channels.
-  template <Activation ACT>
-  static void single_values(const GroupNorm& a, int64_t n, int64_t g) {
-    const int64_t width = a.group_channels(), first = g * width, offset = n * a.channels + first;
-    const C *table = table_of(a, n) + g, *weight = static_cast<const C*>(a.weight) + first;
-    const C* bias = static_cast<const C*>(a.bias) + first;
-    const Vec<C> mean = splat(table[0]), rstd = splat(table[a.all_groups()]);
-    const T *x = static_cast<const T*>(a.x) + offset, *dy = static_cast<const T*>(a.dy) + offset;
-    C *totals = sums_of(a, n) + first, *alongs = totals + a.channels;
-    sweep<C>(width, [&](int64_t i, int, auto extent) {
-      const Vec<C> d = load(x + i, extent) - mean;
-      const Vec<C> z = d * (rstd * load(weight + i, extent)) + load(bias + i, extent);
-      const Vec<C> dz = through<ACT, C>(load(dy + i, extent), z);
-      store(totals + i, dz, extent);
-      store(alongs + i, dz * d, extent);
-    });
-    if (a.dx == nullptr) return;
-    const GroupSlope<C> s = slope_of(a, n, g);
-    T* dx = static_cast<T*>(a.dx) + offset;
-    sweep<C>(width, [&](int64_t i, int, auto extent) {
-      const Vec<C> d = load(x + i, extent) - mean, dz = load(totals + i, extent);
-      store(dx + i, ((dz * load(weight + i, extent) - s.along) - d * s.slope) * rstd, extent);
-    });
-  }
-
-  template <Activation ACT>
-  static void group(const GroupNorm& a, int64_t i, int64_t) {
-    const int64_t n = i / a.groups, g = i - n * a.groups, width = a.group_channels(), first = g * width;
-    if (a.inner == 1) return single_values<ACT>(a, n, g);
-    for (int64_t c = first; c < first + width; ++c) plane_sums<ACT>(a, n, g, c);
-    if (a.dx == nullptr) return;
-    const GroupSlope<C> s = slope_of(a, n, g);
-    for (int64_t c = first + width; c-- > first;) dx_piece<ACT>(a, n, g, c, s, 0, a.inner);
-  }
-
   template <Activation ACT>
   static void planes(const GroupNorm& a, int64_t begin, int64_t end) {
+    const int64_t width = a.group_channels();
     each_piece_of_planes(a.inner, kPlanePiece, begin, end, [&](int64_t plane, int64_t start, int64_t size) {
-      const int64_t n = plane / a.channels, c = plane - n * a.channels;
-      const int64_t g = c / a.group_channels();
-      dx_piece<ACT>(a, n, g, c, slope_of(a, n, g), start, size);
+      dx_piece<ACT>(a, plane / width, plane % a.channels, plane * a.inner + start, size);
+    });
+  }
+
+  // Sums, and dx if it is wanted, of groups [begin, end).
+  template <Activation ACT>
+  static void groups(const GroupNorm& a, int64_t begin, int64_t end) {
+    if (a.inner == 1) return each_group(a, begin, end, [&](auto... group) { single_values<ACT>(a, group...); });
+    each_group(a, begin, end, [&](int64_t i, int64_t n, int64_t first, int64_t width) {
+      for (int64_t k = 0; k < width; ++k) {
+        plane_sums<ACT>(a, i, first + k, (i * width + k) * a.inner, sums_of(a, n));
+      }
+    });
+    if (a.dx == nullptr) return;
+    slopes(a, begin, end);
+    each_group(a, begin, end, [&](int64_t i, int64_t, int64_t first, int64_t width) {
+      for (int64_t k = 0; k < width; ++k) dx_piece<ACT>(a, i, first + k, (i * width + k) * a.inner, a.inner);
+    });
+  }
+
+  // Planes of one value each: group i is a row of channels.
+  template <Activation ACT>
+  static void single_values(const GroupNorm& a, int64_t i, int64_t n, int64_t first, int64_t width) {
+    const Coefficients of(a, i);
+    const C *weight = static_cast<const C*>(a.weight) + first, *bias = static_cast<const C*>(a.bias) + first;
+    const Vec<C> mean = splat(*of.mean), rstd = splat(*of.rstd);
+    const T *x = static_cast<const T*>(a.x) + i * width, *dy = static_cast<const T*>(a.dy) + i * width;
+    C *totals = sums_of(a, n) + first, *alongs = totals + a.channels;
+    sweep<C>(width, [&](int64_t k, int, auto extent) {
+      const Vec<C> d = load(x + k, extent) - mean;
+      const Vec<C> z = d * (rstd * load(weight + k, extent)) + load(bias + k, extent);
+      const Vec<C> dz = through<ACT, C>(load(dy + k, extent), z);
+      store(totals + k, dz, extent);
+      store(alongs + k, dz * d, extent);
+    });
+    if (a.dx == nullptr) return;
+    slopes(a, i, i + 1);
+    const Vec<C> along = splat(*of.along), slope = splat(*of.slope);
+    T* dx = static_cast<T*>(a.dx) + i * width;
+    sweep<C>(width, [&](int64_t k, int, auto extent) {
+      const Vec<C> d = load(x + k, extent) - mean, dz = load(totals + k, extent);
+      store(dx + k, ((dz * load(weight + k, extent) - along) - d * slope) * rstd, extent);
     });
   }
 
@@ -145,16 +160,20 @@ struct Backward {
 
   static void columns_of(const GroupNorm& a, int64_t n, bool slopes, C* columns) {
     const int64_t width = a.stats.cut.width;
-    for (int64_t c = 0, g = 0; g < a.groups; ++g) {
-      const C mean = table_of(a, n)[g], rstd = table_of(a, n)[a.all_groups() + g];
-      const GroupSlope<C> s = slopes ? slope_of(a, n, g) : GroupSlope<C>{};
-      for (int64_t stop = c + a.group_channels(); c < stop; ++c) {
+    each_group(a, n * a.groups, (n + 1) * a.groups, [&](int64_t i, int64_t, int64_t first, int64_t channels) {
+      const Coefficients of(a, i);
+      for (int64_t c = first; c < first + channels; ++c) {
         const C weight = static_cast<const C*>(a.weight)[c];
-        const C values[kColumns] = {mean,    rstd * weight, static_cast<const C*>(a.bias)[c], weight, s.along,
-                                    s.slope, rstd};
-        for (int64_t t = 0; t < (slopes ? kColumns : 3); ++t) columns[t * width + c] = values[t];
+        columns[c] = *of.mean;
+        columns[width + c] = *of.rstd * weight;
+        columns[2 * width + c] = static_cast<const C*>(a.bias)[c];
+        if (!slopes) continue;
+        columns[3 * width + c] = weight;
+        columns[4 * width + c] = *of.along;
+        columns[5 * width + c] = *of.slope;
+        columns[6 * width + c] = *of.rstd;
       }
-    }
+    });
     repeat_columns(columns, slopes ? kColumns : 3, width, a.channels);
   }
 
@@ -260,7 +279,7 @@ struct Backward {
       const int64_t stop = smaller(end, start + kBlock);
       for (int64_t n = 0; n < a.samples; ++n) {
         const C* sums = sums_of(a, n) + half * a.channels;
-        const C* rstd = table_of(a, n) + a.all_groups();
+        const C* rstd = Coefficients(a, n * a.groups).rstd;
         for (int64_t c = start, g = start / width; c < stop; ++g) {
           const int64_t last = smaller(stop, (g + 1) * width);
           const double factor = half == 1 ? double(rstd[g]) : 1.0;
@@ -311,6 +330,11 @@ void group_norm_bwd_merge(const GroupNorm& a, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) PYDL_FLOAT_SWITCH(a.dtype, Backward<T>::merge_sample(a, n));
 }
 
+// along and slope of groups [begin, end).
+void group_norm_bwd_slopes(const GroupNorm& a, int64_t begin, int64_t end) {
+  PYDL_FLOAT_SWITCH(a.dtype, Backward<T>::slopes(a, begin, end));
+}
+
 // dx of pieces [begin, end) of all planes, or of wide rows of all samples.
 void group_norm_bwd_dx(const GroupNorm& a, void* buffer, int64_t begin, int64_t end) {
   if (!a.rows) {
@@ -322,16 +346,24 @@ void group_norm_bwd_dx(const GroupNorm& a, void* buffer, int64_t begin, int64_t 
   });
 }
 
-// Sums and dx of groups [begin, end), or of samples.
+// Everything but the parameters' gradients of groups [begin, end), or of samples.
 void group_norm_bwd_units(const GroupNorm& a, void* buffer, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    if (!a.rows) {
-      PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_ACTIVATION(Backward<T>::template group, a, i, 0));
-      continue;
+  if (a.rows) {
+    for (int64_t i = begin; i < end; ++i) {
+      group_norm_bwd_table(a, i * a.groups, (i + 1) * a.groups);
+      PYDL_FLOAT_SWITCH(a.dtype, sample_sums<T>(a, buffer, i, 0, a.chunks()));
+      group_norm_bwd_merge(a, i, i + 1);
+      if (a.dx == nullptr) continue;
+      group_norm_bwd_slopes(a, i * a.groups, (i + 1) * a.groups);
+      PYDL_FLOAT_SWITCH(a.dtype, sample_dx<T>(a, buffer, i, 0, a.sample_rows()));
     }
-    PYDL_FLOAT_SWITCH(a.dtype, sample_sums<T>(a, buffer, i, 0, a.chunks()));
-    group_norm_bwd_merge(a, i, i + 1);
-    if (a.dx != nullptr) PYDL_FLOAT_SWITCH(a.dtype, sample_dx<T>(a, buffer, i, 0, a.sample_rows()));
+    return;
+  }
+  const int64_t batch = a.groups_at_once();
+  for (int64_t i = begin; i < end; i += batch) {
+    const int64_t last = smaller(end, i + batch);
+    group_norm_bwd_table(a, i, last);
+    PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_ACTIVATION(Backward<T>::template groups, a, i, last));
   }
 }
 
@@ -353,6 +385,7 @@ namespace pydl {
 PYDL_CPU_DECLARE(void, group_norm_bwd_table, const GroupNorm&, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, group_norm_bwd_sums, const GroupNorm&, void*, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, group_norm_bwd_merge, const GroupNorm&, int64_t, int64_t)
+PYDL_CPU_DECLARE(void, group_norm_bwd_slopes, const GroupNorm&, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, group_norm_bwd_dx, const GroupNorm&, void*, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, group_norm_bwd_units, const GroupNorm&, void*, int64_t, int64_t)
 PYDL_CPU_DECLARE(void, group_norm_bwd_parameters, const GroupNorm&, int64_t, int64_t)
@@ -362,7 +395,7 @@ namespace {
 void run_backward(GroupNorm& a) {
   const int64_t item = size_of(compute_dtype(a.dtype)), size = a.samples * a.channels * a.inner;
   const int64_t units = a.rows ? a.samples : a.all_groups();
-  const Scratch table(2 * a.all_groups() * item), sums(2 * a.samples * a.channels * item);
+  const Scratch table(4 * a.all_groups() * item), sums(2 * a.samples * a.channels * item);
   const Scratch partial(a.rows ? a.samples * a.chunks() * 2 * a.stats.cut.width * 8 : 0);
   a.table = table.get();
   a.sums = sums.get();
@@ -373,13 +406,14 @@ void run_backward(GroupNorm& a) {
       kernel(a, buffer.get(), begin, end);
     });
   };
-  PYDL_CPU_DISPATCH(group_norm_bwd_table)(a, 0, a.all_groups());
   if (by_unit(units) || a.inner == 1) {
     run(units, PYDL_CPU_DISPATCH(group_norm_bwd_units));
   } else {
+    PYDL_CPU_DISPATCH(group_norm_bwd_table)(a, 0, a.all_groups());
     run(a.rows ? units * a.chunks() : a.samples * a.channels, PYDL_CPU_DISPATCH(group_norm_bwd_sums));
     if (a.rows) PYDL_CPU_DISPATCH(group_norm_bwd_merge)(a, 0, units);
     if (a.dx != nullptr) {
+      PYDL_CPU_DISPATCH(group_norm_bwd_slopes)(a, 0, a.all_groups());
       run(a.rows ? a.samples * a.sample_rows() : a.samples * a.channels * ceil_of(a.inner, kPlanePiece),
           PYDL_CPU_DISPATCH(group_norm_bwd_dx));
     }

@@ -39,6 +39,18 @@ inline Vec<C> through(Vec<C> dy, Vec<C> z) {
   }
 }
 
+// Calls f(i, n, first, width) for groups begin ... end - 1 of all: of sample n, its channels first ... first + width - 1.
+template <class F>
+inline void each_group(const GroupNorm& a, int64_t begin, int64_t end, F&& f) {
+  const int64_t width = a.group_channels();
+  int64_t n = begin / a.groups, first = (begin - n * a.groups) * width;
+  for (int64_t i = begin; i < end; ++i) {
+    f(i, n, first, width);
+    first += width;
+    if (first == a.channels) first = 0, ++n;
+  }
+}
+
 // Calls f(plane, start, n) for pieces begin ... end - 1 of all planes, from the last to the first.
 template <class F>
 inline void each_piece_of_planes(int64_t inner, int64_t piece, int64_t begin, int64_t end, F&& f) {
