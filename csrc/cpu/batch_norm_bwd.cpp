@@ -14,6 +14,7 @@ inline void put_dx(Vec<C> dz, const T* x, T* dx, T* dresidual, int64_t i, Vec<C>
                    Vec<C> scale, Extent extent) {
   if (MASK && dresidual != nullptr) store(dresidual + i, dz, extent);
   if (dx == nullptr) return;
+  fetch_ahead(dx + i);
   // In this order equal terms cancel exactly, as they must where a channel has one or two values.
   if constexpr (TRAIN) dz = (dz - along) - (load(x + i, extent) - mean) * slope;
   store(dx + i, dz * scale, extent);
@@ -67,9 +68,16 @@ struct Backward {
   }
 
   template <bool TRAIN, bool MASK>
-  static void channel(const BatchNormBwd& a, int64_t channel, int64_t) {
-    each_piece_back(a.shape, a.cut, channel,
-                    [&](const Piece& piece) { dx_piece<TRAIN, MASK, T, C>(a, channel, piece); });
+  static void channels(const BatchNormBwd& a, int64_t begin, int64_t end) {
+    if (end - begin == 1) {
+      return each_piece_back(a.shape, a.cut, begin,
+                             [&](const Piece& piece) { dx_piece<TRAIN, MASK, T, C>(a, begin, piece); });
+    }
+    for (int64_t o = 0; o < a.shape.outer; ++o) {
+      for (int64_t c = begin; c < end; ++c) {
+        dx_piece<TRAIN, MASK, T, C>(a, c, piece_of(a.shape, a.cut, o * a.shape.channels + c, 0));
+      }
+    }
   }
 
   template <bool TRAIN, bool MASK>
@@ -93,12 +101,18 @@ struct Backward {
 
 // Everything of channels [begin, end) of planes.
 void batch_norm_bwd_channels(const BatchNormBwd& a, int64_t begin, int64_t end) {
-  for (int64_t c = begin; c < end; ++c) {
-    batch_norm_bwd_means(a, c, c + 1);
-    batch_norm_bwd_sums(a, nullptr, c * a.cut.chunks, (c + 1) * a.cut.chunks);
-    batch_norm_bwd_merge(a, c, c + 1);
+  const int64_t at_once = channels_at_once(a.shape);
+  for (int64_t c = begin; c < end; c += at_once) {
+    const int64_t last = smaller(end, c + at_once);
+    batch_norm_bwd_means(a, c, last);
+    if (short_planes(a.shape)) {
+      for (int64_t chunk = 0; chunk < a.cut.chunks; ++chunk) batch_norm_bwd_short_sums(a, c, last - c, chunk);
+    } else {
+      batch_norm_bwd_sums(a, nullptr, c * a.cut.chunks, last * a.cut.chunks);
+    }
+    batch_norm_bwd_merge(a, c, last);
     if (a.dx == nullptr && a.dresidual == nullptr) continue;
-    PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_MASK(Backward<T>::template channel, a, c, c + 1));
+    PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_MASK(Backward<T>::template channels, a, c, last));
   }
 }
 

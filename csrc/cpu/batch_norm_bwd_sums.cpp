@@ -8,9 +8,6 @@ namespace {
 
 // ---- sums over planes
 
-// Planes of up to this many elements end before the hardware has seen where a channel goes on.
-constexpr int64_t kShortPlane = 256, kPlanesAhead = 4;
-
 template <class T>
 inline void prefetch(const T* p, int64_t n) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(p) / 64 * 64, last = reinterpret_cast<uintptr_t>(p + n);
@@ -31,13 +28,7 @@ void plane_sums(const BatchNormBwd& a, int64_t channel, int64_t chunk) {
     for (int slot = 0; slot < 4; ++slot) t[slot] = p[slot] = Vec<C>{};
     held = 0;
   };
-  const int64_t ahead = kPlanesAhead * a.shape.channels * a.shape.inner;
-  const bool fetch = a.shape.inner <= kShortPlane;
   each_piece(a.shape, cut, channel, first, last, [&](const Piece& piece) {
-    if (fetch) {
-      prefetch(static_cast<const T*>(a.x) + piece.offset + ahead, piece.n);
-      prefetch(static_cast<const T*>(a.dy) + piece.offset + ahead, piece.n);
-    }
     for (int64_t start = 0; start < piece.n; start += kSumBlock) {
       const T* x = static_cast<const T*>(a.x) + piece.offset + start;
       const T* dy = static_cast<const T*>(a.dy) + piece.offset + start;
@@ -45,6 +36,8 @@ void plane_sums(const BatchNormBwd& a, int64_t channel, int64_t chunk) {
           MASK ? a.mask + piece.plane * ((a.shape.inner + 7) / 8) + (piece.start + start) / 8 : nullptr;
       const int64_t n = smaller(kSumBlock, piece.n - start);
       sweep<C>(n, [&](int64_t i, int slot, auto extent) {
+        fetch_ahead(dy + i);
+        fetch_ahead(x + i);
         const Vec<C> dz = load_dz<MASK, T, C>(dy, mask, i, extent);
         t[slot] += dz;
         p[slot] += dz * (load(x + i, extent, splat(mean)) - mean);  // a missing lane is 0: 0 * inf would leave a NaN
@@ -57,6 +50,53 @@ void plane_sums(const BatchNormBwd& a, int64_t channel, int64_t chunk) {
   double* out = a.partial + (channel * cut.chunks + chunk) * 2;
   out[0] = total;
   out[1] = along;
+}
+
+// The same of `count` neighbouring channels of short planes, which are one run of memory in each sample.
+template <bool MASK, class T, class C>
+void short_plane_sums(const BatchNormBwd& a, int64_t channel, int64_t count, int64_t chunk) {
+  constexpr int64_t kSamplesAhead = 2;
+  const Cut& cut = a.cut;
+  const int64_t channels = a.shape.channels, inner = a.shape.inner;
+  const C* mean = static_cast<const C*>(a.coefficients) + channel;
+  double total[kChannelsAtOnce] = {}, along[kChannelsAtOnce] = {};
+  Vec<C> t[kChannelsAtOnce] = {}, p[kChannelsAtOnce] = {};
+  int64_t held = 0;
+  const auto flush = [&] {
+    for (int64_t k = 0; k < count; ++k) {
+      total[k] += double(sum(t[k]));
+      along[k] += double(sum(p[k]));
+      t[k] = p[k] = Vec<C>{};
+    }
+    held = 0;
+  };
+  const int64_t first = chunk * cut.chunk_items, last = smaller(first + cut.chunk_items, cut.items);
+  for (int64_t o = first; o < last; ++o) {
+    const int64_t plane = o * channels + channel;
+    const T *x = static_cast<const T*>(a.x) + plane * inner, *dy = static_cast<const T*>(a.dy) + plane * inner;
+    prefetch(x + kSamplesAhead * channels * inner, count * inner);
+    prefetch(dy + kSamplesAhead * channels * inner, count * inner);
+    for (int64_t k = 0; k < count; ++k, x += inner, dy += inner) {
+      const uint8_t* mask = MASK ? a.mask + (plane + k) * ((inner + 7) / 8) : nullptr;
+      const Vec<C> middle = splat(mean[k]);
+      Vec<C> dz_sum = t[k], dot = p[k];
+      sweep<C>(inner, [&](int64_t i, int, auto extent) {
+        const Vec<C> dz = load_dz<MASK, T, C>(dy, mask, i, extent);
+        dz_sum += dz;
+        dot += dz * (load(x + i, extent, middle) - middle);
+      });
+      t[k] = dz_sum;
+      p[k] = dot;
+    }
+    held += inner;
+    if (held >= kSumBlock / 4) flush();
+  }
+  flush();
+  for (int64_t k = 0; k < count; ++k) {
+    double* out = a.partial + ((channel + k) * cut.chunks + chunk) * 2;
+    out[0] = total[k];
+    out[1] = along[k];
+  }
 }
 
 void merge_plane_sums(const BatchNormBwd& a, int64_t begin, int64_t n, double* total, double* along) {
@@ -159,10 +199,19 @@ void batch_norm_bwd_sums(const BatchNormBwd& a, void* buffer, int64_t begin, int
                                                    : row_sums<false, T>(a, i, static_cast<compute_t<T>*>(buffer)));
     } else {
       const int64_t channel = i / a.cut.chunks, chunk = i % a.cut.chunks;
+      if (short_planes(a.shape)) {
+        batch_norm_bwd_short_sums(a, channel, 1, chunk);
+        continue;
+      }
       PYDL_FLOAT_SWITCH(a.dtype, a.mask != nullptr ? plane_sums<true, T, compute_t<T>>(a, channel, chunk)
                                                    : plane_sums<false, T, compute_t<T>>(a, channel, chunk));
     }
   }
+}
+
+void batch_norm_bwd_short_sums(const BatchNormBwd& a, int64_t channel, int64_t count, int64_t chunk) {
+  PYDL_FLOAT_SWITCH(a.dtype, a.mask != nullptr ? short_plane_sums<true, T, compute_t<T>>(a, channel, count, chunk)
+                                               : short_plane_sums<false, T, compute_t<T>>(a, channel, count, chunk));
 }
 
 // dweight, dbias and the coefficients of channels [begin, end), from the partial sums, from given ones, or from none.

@@ -19,6 +19,8 @@ void batch_norm_merge(const BatchNorm& a, int64_t begin, int64_t end);
 void batch_norm_bwd_means(const BatchNormBwd& a, int64_t begin, int64_t end);
 // Sums of chunks, numbered likewise; for rows the buffer holds two wide rows of the compute type.
 void batch_norm_bwd_sums(const BatchNormBwd& a, void* buffer, int64_t begin, int64_t end);
+// Sums of one chunk of `count` neighbouring channels of short planes, at most kChannelsAtOnce.
+void batch_norm_bwd_short_sums(const BatchNormBwd& a, int64_t channel, int64_t count, int64_t chunk);
 // dweight, dbias and the coefficients of channels, from the partial sums, from given ones, or from none.
 void batch_norm_bwd_merge(const BatchNormBwd& a, int64_t begin, int64_t end);
 
@@ -28,6 +30,14 @@ namespace {
 inline constexpr int64_t kSumBlock = 2048;
 // Channels that are widened at once.
 inline constexpr int64_t kBlock = 64;
+
+// Planes of so few elements that the hardware has not seen where a channel goes on when they end: several channels are
+// taken at once, if all their values stay in a core's cache.
+inline constexpr int64_t kChannelsAtOnce = 8;
+inline bool short_planes(const Channels& s) { return !s.rows() && s.inner <= 256; }
+inline int64_t channels_at_once(const Channels& s) {
+  return short_planes(s) ? larger(1, smaller(kChannelsAtOnce, 65536 / s.per_channel())) : 1;
+}
 
 // The hardware follows a stream up to the end of a page; this tells it where the stream goes on.
 template <class T>
@@ -64,7 +74,7 @@ inline Piece piece_of(const Channels& s, const Cut& cut, int64_t plane, int64_t 
 // Pieces first ... last - 1 of a channel. Planes may be so small that a division for each would show.
 template <class F>
 inline void each_piece(const Channels& s, const Cut& cut, int64_t channel, int64_t first, int64_t last, F&& f) {
-  int64_t o = first / cut.pieces, k = first - o * cut.pieces;
+  int64_t o = cut.pieces == 1 ? first : first / cut.pieces, k = first - o * cut.pieces;
   for (int64_t item = first; item < last; ++item) {
     f(piece_of(s, cut, o * s.channels + channel, k));
     if (++k == cut.pieces) k = 0, ++o;

@@ -88,7 +88,8 @@ Moments moments_in_double(const PlaneChunk<T, C>& chunk) {
 template <class T, class C>
 Moments plane_moments(const PlaneChunk<T, C>& chunk) {
   const Channels& shape = chunk.a.shape;
-  const int64_t o = chunk.first / chunk.a.cut.pieces, k = chunk.first % chunk.a.cut.pieces;
+  const int64_t pieces = chunk.a.cut.pieces, o = pieces == 1 ? chunk.first : chunk.first / pieces;
+  const int64_t k = chunk.first - o * pieces;
   const Piece head = piece_of(shape, chunk.a.cut, o * shape.channels + chunk.channel, k);
   const T* x = static_cast<const T*>(chunk.a.x) + head.offset;
   const int64_t n = smaller(head.n, 4 * kLanes<C>);
@@ -97,7 +98,7 @@ Moments plane_moments(const PlaneChunk<T, C>& chunk) {
   C centre = representable<T>(sum(add_up(first)) / C(n));
   Sums s = sums_around(chunk, centre);
   double shift = s.deviation / s.count;
-  if (shift * shift > kPoor * s.squares / s.count) {
+  if (shift * s.deviation > kPoor * s.squares) {
     centre = representable<T>(C(double(centre) + shift));
     s = sums_around(chunk, centre);
     shift = s.deviation / s.count;
@@ -276,8 +277,10 @@ void write_coefficients(const BatchNorm& a, int64_t begin, int64_t n, const doub
 }  // namespace
 
 void batch_norm_plane_stats(const BatchNorm& a, int64_t begin, int64_t end) {
+  int64_t channel = begin / a.cut.chunks, chunk = begin - channel * a.cut.chunks;
   for (int64_t i = begin; i < end; ++i) {
-    PYDL_FLOAT_SWITCH(a.dtype, plane_chunk<T, compute_t<T>>(a, i / a.cut.chunks, i % a.cut.chunks));
+    PYDL_FLOAT_SWITCH(a.dtype, plane_chunk<T, compute_t<T>>(a, channel, chunk));
+    if (++chunk == a.cut.chunks) chunk = 0, ++channel;
   }
 }
 

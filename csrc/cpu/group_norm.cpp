@@ -39,6 +39,25 @@ GroupMoments merge_channels(const BatchNorm& s, int64_t begin, int64_t end, doub
   return {mean, squares / count};
 }
 
+// Statistics of group i of planes from its chunks, of one piece each.
+GroupMoments merge_pieces(const GroupNorm& a, int64_t i) {
+  const Cut& cut = a.stats.cut;
+  const double* partial = a.stats.partial + 2 * i * cut.chunks;
+  const int64_t size = a.stats.shape.inner;
+  const double each = 1 / double(size);
+  double mean = partial[0], squares = partial[1];
+  if (cut.chunks == 1) return {mean, squares * each};
+  const auto count = [&](int64_t k) { return double(smaller(cut.piece, size - k * cut.piece)); };
+  mean = squares = 0;
+  for (int64_t k = 0; k < cut.chunks; ++k) mean += count(k) * partial[2 * k];
+  mean *= each;
+  for (int64_t k = 0; k < cut.chunks; ++k) {
+    const double d = partial[2 * k] - mean;
+    squares += partial[2 * k + 1] + count(k) * d * d;
+  }
+  return {mean, squares * each};
+}
+
 template <class C>
 void write_group(const GroupNorm& a, int64_t i, const GroupMoments& m) {
   const double rstd = 1 / __builtin_sqrt(m.var + a.eps), rest = m.mean - double(C(m.mean));
@@ -84,7 +103,8 @@ struct Apply {
   static void groups(const GroupNorm& a, int64_t begin, int64_t end) {
     if (a.inner == 1) return each_group(a, begin, end, [&](auto... group) { row<ACT>(a, group...); });
     each_group(a, begin, end, [&](int64_t i, int64_t, int64_t first, int64_t width) {
-      for (int64_t k = 0; k < width; ++k) piece<ACT>(a, i, first + k, (i * width + k) * a.inner, a.inner);
+      each_plane(width, width * a.inner * int64_t(sizeof(T)),
+                 [&](int64_t k) { piece<ACT>(a, i, first + k, (i * width + k) * a.inner, a.inner); });
     });
   }
 
@@ -185,7 +205,7 @@ void group_norm_merge(const GroupNorm& a, int64_t begin, int64_t end) {
         PYDL_FLOAT_SWITCH(a.dtype, write_group<compute_t<T>>(a, i * a.groups + g, m));
       }
     } else if (a.stats.shape.inner > 1) {
-      batch_norm_merge(a.stats, i, i + 1);
+      PYDL_FLOAT_SWITCH(a.dtype, write_group<compute_t<T>>(a, i, merge_pieces(a, i)));
     } else {  // a single value is its own mean
       PYDL_FLOAT_SWITCH(a.dtype, {
         const double value = double(to_compute(static_cast<const T*>(a.x)[i]));
@@ -238,10 +258,10 @@ namespace {
 void run_forward(GroupNorm& a) {
   const int64_t item = size_of(compute_dtype(a.dtype)), size = a.samples * a.channels * a.inner;
   const int64_t units = a.rows ? a.samples : a.all_groups(), buffer_bytes = a.rows ? 3 * a.stats.cut.width * item : 0;
-  const Scratch table(3 * a.all_groups() * item);
-  const Scratch partial(units * a.chunks() * 2 * (a.rows ? a.stats.cut.width : 1) * 8);
-  a.table = a.stats.coefficients = table.get();
-  a.stats.partial = partial.get<double>();
+  const int64_t partial = units * a.chunks() * 2 * (a.rows ? a.stats.cut.width : 1);
+  const Scratch scratch(partial * 8 + 3 * a.all_groups() * item);
+  a.stats.partial = scratch.get<double>();
+  a.table = a.stats.partial + partial;
   a.stats.x = a.x;
   const auto run = [&](int64_t count, auto kernel) {
     parallel(count, size / count, [&](int64_t begin, int64_t end) {
@@ -271,8 +291,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_fwd(const Tensor& x, int64_t group
   const Dense dense = layout.dense_in(op, "x", x, meta, a.dtype);
   a.x = dense.data;
   a.y = y.data;
-  a.weight = w.values.get();
-  a.bias = b.values.get();
+  a.weight = w.data();
+  a.bias = b.data();
   a.stats.out_mean = mean.data;
   a.stats.out_var = var.data;
   if (a.samples * a.channels * a.inner > 0) {

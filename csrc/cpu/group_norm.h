@@ -54,21 +54,27 @@ PYDL_CPU_DECLARE(void, group_norm_widen, const Parameter&, double, Dtype, void*,
 
 namespace {
 
-// Whether a thread takes whole groups or samples, whose values are then in its cache for the second pass.
+// Whether a thread takes whole groups or samples, whose values are then in its cache for the second pass: if that keeps
+// the threads busy for four fifths of the time.
 inline bool by_unit(int64_t units) {
   const int64_t threads = torch::stable::get_num_threads();
-  return threads == 1 || units >= 4 * threads;
+  return 5 * units >= 4 * threads * ceil_of(units, threads);
 }
 
 // A parameter of every channel in the compute type, `absent` if it is not there.
 struct ChannelParameter {
   ChannelParameter(const char* op, const char* name, const std::optional<Tensor>& t, int64_t channels, double absent,
                    Dtype compute)
-      : values(channels * size_of(compute)) {
-    const Operand given(op, name, t, channels);
-    PYDL_CPU_DISPATCH(group_norm_widen)(given.value, absent, compute, values.get(), channels);
+      : given(op, name, t, channels),
+        as_given(given.value.data != nullptr && given.value.dtype == compute),
+        widened(as_given ? 0 : channels * size_of(compute)) {
+    if (!as_given) PYDL_CPU_DISPATCH(group_norm_widen)(given.value, absent, compute, widened.get(), channels);
   }
-  Scratch values;
+  const void* data() const { return as_given ? given.value.data : widened.get(); }
+
+  Operand given;
+  bool as_given;
+  Scratch widened;
 };
 
 inline GroupNorm describe_groups(const char* op, const Array& x, const Layout& layout, int64_t groups,

@@ -127,7 +127,8 @@ struct Backward {
     if (a.dx == nullptr) return;
     slopes(a, begin, end);
     each_group(a, begin, end, [&](int64_t i, int64_t, int64_t first, int64_t width) {
-      for (int64_t k = 0; k < width; ++k) dx_piece<ACT>(a, i, first + k, (i * width + k) * a.inner, a.inner);
+      each_plane(width, 2 * width * a.inner * int64_t(sizeof(T)),
+                 [&](int64_t k) { dx_piece<ACT>(a, i, first + k, (i * width + k) * a.inner, a.inner); });
     });
   }
 
@@ -395,11 +396,12 @@ namespace {
 void run_backward(GroupNorm& a) {
   const int64_t item = size_of(compute_dtype(a.dtype)), size = a.samples * a.channels * a.inner;
   const int64_t units = a.rows ? a.samples : a.all_groups();
-  const Scratch table(4 * a.all_groups() * item), sums(2 * a.samples * a.channels * item);
-  const Scratch partial(a.rows ? a.samples * a.chunks() * 2 * a.stats.cut.width * 8 : 0);
-  a.table = table.get();
-  a.sums = sums.get();
-  a.stats.partial = partial.get<double>();
+  const int64_t partial = a.rows ? a.samples * a.chunks() * 2 * a.stats.cut.width : 0;
+  const int64_t table = 4 * a.all_groups() * item, sums = 2 * a.samples * a.channels * item;
+  const Scratch scratch(partial * 8 + table + sums);
+  a.stats.partial = scratch.get<double>();
+  a.table = a.stats.partial + partial;
+  a.sums = static_cast<char*>(a.table) + table;
   const auto run = [&](int64_t count, auto kernel) {
     parallel(count, 2 * (size / count), [&](int64_t begin, int64_t end) {
       const Scratch buffer(a.rows ? (kColumns + 2) * a.stats.cut.width * item : 0);
@@ -455,8 +457,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_bwd(const Tensor& dy_in, const Ten
   a.dy = dy.data;
   a.mean = mu.given.value.data;
   a.var = sigma.given.value.data;
-  a.weight = w.values.get();
-  a.bias = b.values.get();
+  a.weight = w.data();
+  a.bias = b.data();
   a.dx = output_mask[0] ? dx.data : nullptr;
   a.dweight = output_mask[1] ? dweight.data : nullptr;
   a.dbias = output_mask[2] ? dbias.data : nullptr;

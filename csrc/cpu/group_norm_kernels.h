@@ -39,7 +39,8 @@ inline Vec<C> through(Vec<C> dy, Vec<C> z) {
   }
 }
 
-// Calls f(i, n, first, width) for groups begin ... end - 1 of all: of sample n, its channels first ... first + width - 1.
+// Calls f(i, n, first, width) for groups begin ... end - 1 of all: of sample n, its channels first ... first + width
+// - 1.
 template <class F>
 inline void each_group(const GroupNorm& a, int64_t begin, int64_t end, F&& f) {
   const int64_t width = a.group_channels();
@@ -48,6 +49,18 @@ inline void each_group(const GroupNorm& a, int64_t begin, int64_t end, F&& f) {
     f(i, n, first, width);
     first += width;
     if (first == a.channels) first = 0, ++n;
+  }
+}
+
+// Calls f(k) for the planes of a group: in the order of memory, which the hardware foresees best, unless the group is
+// larger than a core's cache, where what was read last is found.
+template <class F>
+inline void each_plane(int64_t width, int64_t bytes, F&& f) {
+  constexpr int64_t kCache = int64_t(1) << 20;
+  if (bytes <= kCache) {
+    for (int64_t k = 0; k < width; ++k) f(k);
+  } else {
+    for (int64_t k = width; k-- > 0;) f(k);
   }
 }
 
