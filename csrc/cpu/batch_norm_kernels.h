@@ -45,6 +45,12 @@ inline void fetch_ahead(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096);
 }
 
+// The same of a stream that goes back.
+template <class T>
+inline void fetch_back(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) - 4096);
+}
+
 inline void widen_parameter(const Parameter& p, double absent, double* out, int64_t begin, int64_t n) {
   if (p.data == nullptr) {
     for (int64_t i = 0; i < n; ++i) out[i] = absent;

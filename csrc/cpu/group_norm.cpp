@@ -158,6 +158,8 @@ struct Apply {
       const Vec<C> mean = load(columns + i, extent), scale = load(columns + width + i, extent);
       const Vec<C> shift = load(columns + 2 * width + i, extent);
       for (int r = 0; r < int(sizeof...(R)); ++r) {
+        fetch_back(x + r * width + i);
+        fetch_back(y + r * width + i);
         const Vec<C> z = (load(x + r * width + i, extent) - mean) * scale + shift;
         store(y + r * width + i, activate<ACT, C>(z), extent);
       }
