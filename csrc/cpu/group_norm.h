@@ -22,7 +22,8 @@ struct GroupNorm {
   void *y, *dx;               // null if not wanted
   const void *weight, *bias;  // of the compute type, one for each channel
   const void *mean, *var;     // given statistics of each group (backward), of the compute type
-  void* table;                // of each group mean and rstd, and forward what rounding took from the mean, times -rstd
+  void* table;                // of each group mean and rstd; forward what rounding took from the mean, times -rstd;
+                              // backward along and slope
   void* sums;                 // backward, of each sample and channel: the sums of dz, then those of dz * (x - mean)
   void *dweight, *dbias;      // null if not wanted
   double eps;

@@ -14,18 +14,9 @@ template <class T>
 struct Backward {
   using C = compute_t<T>;
 
-  static C* sums_of(const GroupNorm& a, int64_t n) { return static_cast<C*>(a.sums) + n * 2 * a.channels; }
+  using Coefficients = GroupCoefficients<C>;
 
-  // mean, rstd, along and slope of group i of all: dx = ((dz * weight - along) - (x - mean) * slope) * rstd.
-  struct Coefficients {
-    C *mean, *rstd, *along, *slope;
-    Coefficients(const GroupNorm& a, int64_t i) {
-      mean = static_cast<C*>(a.table) + i;
-      rstd = mean + a.all_groups();
-      along = rstd + a.all_groups();
-      slope = along + a.all_groups();
-    }
-  };
+  static C* sums_of(const GroupNorm& a, int64_t n) { return group_sums<C>(a, n); }
 
   // What a channel of a group has in common.
   struct Constants {
@@ -269,27 +260,6 @@ struct Backward {
                    columns, width, size, rows);
     });
   }
-
-  // ---- parameters
-
-  // Channels begin ... end - 1 of half 0 (dz) or 1 (dz * xhat), over the samples.
-  static void parameter(const GroupNorm& a, int64_t half, void* out, int64_t begin, int64_t end) {
-    const int64_t width = a.group_channels();
-    for (int64_t start = begin; start < end; start += kBlock) {
-      double totals[kBlock] = {};
-      const int64_t stop = smaller(end, start + kBlock);
-      for (int64_t n = 0; n < a.samples; ++n) {
-        const C* sums = sums_of(a, n) + half * a.channels;
-        const C* rstd = Coefficients(a, n * a.groups).rstd;
-        for (int64_t c = start, g = start / width; c < stop; ++g) {
-          const int64_t last = smaller(stop, (g + 1) * width);
-          const double factor = half == 1 ? double(rstd[g]) : 1.0;
-          for (; c < last; ++c) totals[c - start] += double(sums[c]) * factor;
-        }
-      }
-      for (int64_t c = start; c < stop; ++c) static_cast<C*>(out)[c] = C(totals[c - start]);
-    }
-  }
 };
 
 template <class T>
@@ -366,14 +336,6 @@ void group_norm_bwd_units(const GroupNorm& a, void* buffer, int64_t begin, int64
     group_norm_bwd_table(a, i, last);
     PYDL_FLOAT_SWITCH(a.dtype, PYDL_WITH_ACTIVATION(Backward<T>::template groups, a, i, last));
   }
-}
-
-// dweight and dbias of channels [begin, end).
-void group_norm_bwd_parameters(const GroupNorm& a, int64_t begin, int64_t end) {
-  PYDL_FLOAT_SWITCH(a.dtype, {
-    if (a.dbias != nullptr) Backward<T>::parameter(a, 0, a.dbias, begin, end);
-    if (a.dweight != nullptr) Backward<T>::parameter(a, 1, a.dweight, begin, end);
-  });
 }
 
 }  // namespace PYDL_ISA

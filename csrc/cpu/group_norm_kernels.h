@@ -39,6 +39,24 @@ inline Vec<C> through(Vec<C> dy, Vec<C> z) {
   }
 }
 
+// Backward: the sums of the channels of sample n, of dz and then of dz * (x - mean).
+template <class C>
+inline C* group_sums(const GroupNorm& a, int64_t n) {
+  return static_cast<C*>(a.sums) + n * 2 * a.channels;
+}
+
+// Backward, of group i of all: dx = ((dz * weight - along) - (x - mean) * slope) * rstd.
+template <class C>
+struct GroupCoefficients {
+  C *mean, *rstd, *along, *slope;
+  GroupCoefficients(const GroupNorm& a, int64_t i) {
+    mean = static_cast<C*>(a.table) + i;
+    rstd = mean + a.all_groups();
+    along = rstd + a.all_groups();
+    slope = along + a.all_groups();
+  }
+};
+
 // Calls f(i, n, first, width) for groups begin ... end - 1 of all: of sample n, its channels first ... first + width
 // - 1.
 template <class F>
