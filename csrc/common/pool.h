@@ -135,10 +135,6 @@ PYDL_POOL_FUNCTION I counted(const D& d, I o, bool include_padding) {
 
 #if PYDL_ISA_LEVEL == 0
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 
 #include "common/host.h"
@@ -380,26 +376,9 @@ inline PoolLayout pool_layout(const PoolShape& s, bool outputs) {
   return layout;
 }
 
-// From 32 MiB on malloc maps fresh memory for every tensor, and its pages' faults take longer than the pooling: asks
-// for pages of 2 MiB where the system gives them on request. A refusal changes nothing.
-inline void use_large_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kMapped = int64_t(32) << 20;
-  constexpr uintptr_t kPage = uintptr_t(2) << 20;
-  if (bytes < kMapped) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 inline Output empty_pool(const PoolShape& s, bool outputs, Dtype dtype) {
   const PoolLayout layout = pool_layout(s, outputs);
-  Output out = host::empty_strided(layout.sizes, layout.strides, layout.dim, dtype);
-  int64_t elements = 1;
-  for (int64_t i = 0; i < layout.dim; ++i) elements *= layout.sizes[i];
-  use_large_pages(out.data, elements * host::size_of(dtype));
-  return out;
+  return host::empty_strided(layout.sizes, layout.strides, layout.dim, dtype);
 }
 
 }  // namespace
