@@ -26,7 +26,7 @@ _TENSORS = {
 }  # fmt: skip
 _INTEGERS = (
     "B", "H", "GROUP", "Sq", "Sk", "D", "DV", "NQ", "NK", "tile_b", "tile_h", "tile_heads", "low", "high", "below",
-    "blocks", "turns", "q_blocks", "k_blocks", "q_turns", "k_turns", "BH", "BHK", "bias_b", "bias_h", "row_tiles",
+    "blocks", "turns", "q_blocks", "k_blocks", "q_turns", "k_turns", "BH", "programs", "bias_b", "bias_h", "row_tiles",
     "column_tiles",
 )  # fmt: skip
 

@@ -119,9 +119,9 @@ def _attention_bwd_delta_kernel(
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """delta = sum over columns of dout * out, minus the gradient of the logsumexp."""
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = (tl.program_id(1) % H).to(tl.int64)
-    start = tl.program_id(0) * BLOCK_M
+    b = (tl.program_id(0) // H).to(tl.int64)
+    h = (tl.program_id(0) % H).to(tl.int64)
+    start = tl.program_id(1) * BLOCK_M
     offs_m = start + tl.arange(0, BLOCK_M)
     offs_dv = tl.arange(0, BLOCK_DV)
     do = load_rows(do_ptr + b * stride_dob + h * stride_doh, start, offs_m, offs_dv, Sq, DV, stride_dom, stride_dod)
@@ -140,7 +140,7 @@ def delta_of(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
     block_dv = head_block(dv)
     block_m = max(16, 4096 // block_dv)
     strides = (0, 0, 0) if dlse is None else dlse.stride()
-    _attention_bwd_delta_kernel[(cdiv(queries, block_m), batch * heads)](
+    _attention_bwd_delta_kernel[(batch * heads, cdiv(queries, block_m))](
         dout, out, dlse, delta, heads, queries, dv, *dout.stride(), *out.stride(), *strides, HAS_DLSE=dlse is not None,
         BLOCK_M=block_m, BLOCK_DV=block_dv, num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip

@@ -116,12 +116,10 @@ def band_blocks(start, size, other, low, reach, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def place_of(pid, blocks, heads, turns):
+def place_of(pid, blocks, turns):
     """(place in the order of a head's blocks, head) of a program: `turns` heads side by side take turns."""
-    first = pid // (blocks * turns) * turns
-    inside = pid - first * blocks
-    here = tl.minimum(turns, heads - first)
-    return inside // here, first + inside % here
+    turn = pid // turns
+    return turn % blocks, turn // blocks * turns + pid % turns
 
 
 @triton.jit
@@ -223,9 +221,9 @@ def is_heavy(flags: dict[str, bool], softcap: float) -> bool:
 # Where Triton 3.6 runs out of registers with the tiles chosen below: by arch, kernel, bytes of an element, bytes of a
 # row and whether masks are heavy. The largest of those tried that do not spill.
 _SMALLER = {
-    (80, "fwd", 2, 128, False): Tiles(128, 32, 8, 2),
     (80, "fwd", 2, 128, True): Tiles(64, 32, 8, 2),
     (80, "fwd", 2, 512, True): Tiles(64, 16, 8, 1),
+    (80, "fwd", 4, 256, False): Tiles(32, 16, 4, 2),
     (80, "bwd", 2, 128, False): Tiles(32, 32, 8, 1),
     (80, "bwd", 4, 64, True): Tiles(32, 64, 8, 1),
     (80, "bwd", 4, 128, False): Tiles(32, 32, 8, 1),
@@ -237,19 +235,19 @@ _SMALLER = {
     (90, "fwd", 2, 256, False): Tiles(128, 32, 8, 2),
     (90, "fwd", 2, 512, True): Tiles(64, 32, 8, 1),
     (90, "fwd", 4, 64, False): Tiles(64, 32, 4, 3),
-    (90, "fwd", 4, 128, False): Tiles(64, 32, 8, 1),
+    (90, "fwd", 4, 128, False): Tiles(64, 16, 8, 1),
     (90, "fwd", 4, 256, False): Tiles(64, 16, 8, 1),
     (90, "fwd", 4, 256, True): Tiles(64, 16, 8, 1),
     (90, "bwd", 2, 512, False): Tiles(16, 16, 4, 1),
     (90, "bwd", 4, 64, True): Tiles(64, 32, 8, 1),
-    (90, "bwd", 4, 128, False): Tiles(32, 16, 8, 1),
+    (90, "bwd", 4, 128, False): Tiles(16, 64, 8, 1),
     (90, "bwd", 4, 128, True): Tiles(32, 16, 8, 1),
     (90, "bwd", 4, 256, False): Tiles(16, 32, 8, 1),
     (90, "bwd", 4, 256, True): Tiles(16, 32, 8, 1),
     (90, "bias", 2, 512, True): Tiles(16, 16, 4, 1),
     (90, "bias", 4, 64, True): Tiles(64, 32, 8, 1),
     (90, "bias", 4, 128, True): Tiles(32, 16, 8, 1),
-    (90, "bias", 4, 256, True): Tiles(32, 16, 4, 1),
+    (90, "bias", 4, 256, True): Tiles(16, 32, 4, 1),
 }
 _OLDER = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 
@@ -286,7 +284,8 @@ def fwd_tiles(queries: int, d: int, itemsize: int, heavy: bool, device: Device) 
     hopper = device.arch in (90, 100)
     if itemsize == 2:
         block_m = 128 if wide <= (256 if hopper else 64 if heavy else 128) else 64
-        block_n = 32 if wide > 256 or (wide == 256 and heavy) else 64
+        crowded = wide > 256 or (wide == 256 and heavy) or (wide == 128 and not (heavy or hopper))
+        block_n = 32 if crowded else 64
     else:
         block_m, block_n = 64 if wide <= 512 else 32, 16 if wide == 256 and not hopper else 32
     stages = 3 if wide <= 128 and hopper else 1 if itemsize == 4 and heavy else 2

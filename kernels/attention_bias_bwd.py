@@ -23,8 +23,8 @@ from ._launch import cdiv, device_facts, device_guard, require_dtype
 @triton.jit
 def _attention_bias_bwd_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr,
-    k_ids_ptr, prefix_ptr, classes_ptr, dbias_ptr, B, H, GROUP, Sq, Sk, D, DV, NQ, NK, bias_b, bias_h, row_tiles,
-    column_tiles, stride_dob, stride_doh, stride_dom, stride_dod, stride_qb, stride_qh, stride_qm, stride_qd,
+    k_ids_ptr, prefix_ptr, classes_ptr, dbias_ptr, programs, B, H, GROUP, Sq, Sk, D, DV, NQ, NK, bias_b, bias_h,
+    row_tiles, column_tiles, stride_dob, stride_doh, stride_dom, stride_dod, stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd, stride_bb, stride_bh,
     stride_bm, stride_bn, stride_wb, stride_wh, stride_wm, tile_b, tile_h, tile_heads, low, high, below, scale,
     softcap, BAND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WORDS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -34,9 +34,9 @@ def _attention_bias_bwd_kernel(
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """bias_b and bias_h are the bias' own sizes; ALL_ROWS, ALL_COLUMNS: one row, one column of it is for all."""
-    pid = tl.program_id(0)
-    own_h = tl.program_id(1) % bias_h
-    own_b = tl.program_id(1) // bias_h
+    pid = tl.program_id(0) % programs
+    own_h = tl.program_id(0) // programs % bias_h
+    own_b = tl.program_id(0) // programs // bias_h
     row_first = 0 if ALL_ROWS else pid // column_tiles
     row_last = row_tiles if ALL_ROWS else row_first + 1
     column_first = 0 if ALL_COLUMNS else pid % column_tiles
@@ -145,16 +145,15 @@ def attention_bias_bwd(
     row_tiles, column_tiles = cdiv(queries, tile.block_m), cdiv(keys, tile.block_n)
     programs = (1 if all_rows else row_tiles) * (1 if all_columns else column_tiles)
     with device_guard(q):
-        _attention_bias_bwd_kernel[(programs, bias.shape[0] * bias.shape[1])](
-            dout, q, k, v, lse, delta_of(dout, dlse, out), *masks.pointers, tiles[1] if tiles else None, dbias, batch,
-            heads, heads // shared, queries, keys, d, dv, cdiv(queries, 128), cdiv(keys, 64), *bias.shape[:2],
-            row_tiles, 1 if all_columns else column_tiles, *dout.stride(), *q.stride(), *k.stride(), *v.stride(),
-            *masks.strides,
-            *masks.tile_strides, tiles[1].shape[1] if tiles else 1, *masks.band, scale, softcap or 1.0, **masks.flags,
-            HAS_SOFTCAP=softcap != 0.0, PRECISION=precision_name(precision), ALL_ROWS=all_rows,
-            ALL_COLUMNS=all_columns, TILE_Q=128, TILE_K=64, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_D=head_block(d), BLOCK_DV=head_block(dv), num_warps=tile.num_warps, num_stages=1,
-            enable_fp_fusion=True,
+        _attention_bias_bwd_kernel[(programs * bias.shape[0] * bias.shape[1],)](
+            dout, q, k, v, lse, delta_of(dout, dlse, out), *masks.pointers, tiles[1] if tiles else None, dbias,
+            programs, batch, heads, heads // shared, queries, keys, d, dv, cdiv(queries, 128), cdiv(keys, 64),
+            *bias.shape[:2], row_tiles, 1 if all_columns else column_tiles, *dout.stride(), *q.stride(), *k.stride(),
+            *v.stride(), *masks.strides, *masks.tile_strides, tiles[1].shape[1] if tiles else 1, *masks.band, scale,
+            softcap or 1.0, **masks.flags, HAS_SOFTCAP=softcap != 0.0, PRECISION=precision_name(precision),
+            ALL_ROWS=all_rows, ALL_COLUMNS=all_columns, TILE_Q=128, TILE_K=64, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n, BLOCK_D=head_block(d), BLOCK_DV=head_block(dv), num_warps=tile.num_warps,
+            num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
     return dbias
 

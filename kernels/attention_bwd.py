@@ -36,11 +36,11 @@ from ._attention_tiles import (
 from ._launch import cdiv, device_facts, device_guard, require_dtype
 
 
-@triton.jit(do_not_specialize=["q_blocks", "k_blocks", "q_turns", "k_turns", "BH", "BHK"])
+@triton.jit(do_not_specialize=["q_blocks", "k_blocks", "q_turns", "k_turns", "BH"])
 def _attention_bwd_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr,
     k_ids_ptr, prefix_ptr, q_count_ptr, q_list_ptr, k_count_ptr, k_list_ptr, dq_ptr, dk_ptr, dv_ptr, q_blocks,
-    k_blocks, q_turns, k_turns, H, GROUP, BH, BHK, Sq, Sk, D, DV, NQ, NK,
+    k_blocks, q_turns, k_turns, H, GROUP, BH, Sq, Sk, D, DV, NQ, NK,
     stride_dob, stride_doh, stride_dom, stride_dod,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_dqb, stride_dqh, stride_dqm, stride_dqd,
@@ -56,7 +56,7 @@ def _attention_bwd_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     pid = tl.program_id(0)
     if pid < q_blocks * BH:
-        place, head = place_of(pid, q_blocks, BH, q_turns)
+        place, head = place_of(pid, q_blocks, q_turns)
         b = (head // H).to(tl.int64)
         h = (head % H).to(tl.int64)
         pid_m = q_blocks - 1 - place
@@ -97,7 +97,7 @@ def _attention_bwd_kernel(
         _dkv_program(
             pid - q_blocks * BH, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, bias_ptr, words_ptr, lengths_ptr,
             padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, k_count_ptr, k_list_ptr, dk_ptr, dv_ptr, k_blocks, k_turns,
-            H, GROUP, BHK, Sq, Sk, D, DV, NQ, NK, stride_dob, stride_doh, stride_dom, stride_dod, stride_qb, stride_qh,
+            H, GROUP, Sq, Sk, D, DV, NQ, NK, stride_dob, stride_doh, stride_dom, stride_dod, stride_qb, stride_qh,
             stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn,
             stride_vd, stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd,
             stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_wm, tile_b, tile_h, tile_heads,
@@ -109,7 +109,7 @@ def _attention_bwd_kernel(
 @triton.jit
 def _dkv_program(
     pid, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr,
-    k_ids_ptr, prefix_ptr, k_count_ptr, k_list_ptr, dk_ptr, dv_ptr, blocks, turns, H, GROUP, BHK, Sq, Sk, D, DV,
+    k_ids_ptr, prefix_ptr, k_count_ptr, k_list_ptr, dk_ptr, dv_ptr, blocks, turns, H, GROUP, Sq, Sk, D, DV,
     NQ, NK, stride_dob, stride_doh, stride_dom, stride_dod, stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd,
@@ -121,7 +121,7 @@ def _dkv_program(
 ):  # fmt: skip
     """dk and dv of one block of keys of one head of k and v."""
     shared_heads = H // GROUP
-    place, head = place_of(pid, blocks, BHK, turns)
+    place, head = place_of(pid, blocks, turns)
     b = (head // shared_heads).to(tl.int64)
     hk = (head % shared_heads).to(tl.int64)
     pid_n = place
@@ -204,7 +204,7 @@ def attention_bwd(
     with device_guard(q):
         _attention_bwd_kernel[(q_blocks * batch * heads + k_blocks * batch * shared,)](
             dout, q, k, v, lse, delta_of(dout, dlse, out), *masks.pointers, *masks.tiles, *grads, q_blocks, k_blocks,
-            q_turns, k_turns, heads, group, batch * heads, batch * shared, queries, keys, d, dv, cdiv(queries, TILE_Q),
+            q_turns, k_turns, heads, group, batch * heads, queries, keys, d, dv, cdiv(queries, TILE_Q),
             cdiv(keys, TILE_K), *dout.stride(), *q.stride(), *k.stride(), *v.stride(), *grads[0].stride(),
             *grads[1].stride(), *grads[2].stride(), *masks.strides, *masks.tile_strides,
             tiles[1].shape[1] if mapped else 1, *masks.band, scale, softcap or 1.0, **masks.flags,

@@ -29,6 +29,7 @@ from ._attention_tiles import (
     listed_blocks,
     mask_arguments,
     near,
+    place_of,
     precision_name,
     seen_rows,
     tile_bias,
@@ -84,10 +85,10 @@ def _fwd_tiles(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "turns"])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, words_ptr, lengths_ptr, padding_ptr, q_ids_ptr, k_ids_ptr, prefix_ptr, count_ptr,
-    list_ptr, out_ptr, lse_ptr, H, GROUP, Sq, Sk, D, DV, NQ, NK,
+    list_ptr, out_ptr, lse_ptr, blocks, turns, H, GROUP, Sq, Sk, D, DV, NQ, NK,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_wm, tile_b, tile_h, tile_heads,
@@ -97,21 +98,22 @@ def _attention_fwd_kernel(
     TILE_Q: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    # heads that take turns come first, then places in their order of blocks
-    head = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    place, head = place_of(tl.program_id(0), blocks, turns if HAS_MAP else 1)
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
     # without a map the last queries first: under a causal mask they see the most keys
-    pid_m = tl.num_programs(1) - 1 - tl.program_id(1)
+    pid_m = blocks - 1 - place
     if HAS_MAP:
         row = (b * tile_b * tile_heads + h * tile_h) * NQ
-        pid_m = block_at(count_ptr, row, tl.program_id(1), tl.num_programs(1) // NQ)
+        pid_m = block_at(count_ptr, row, place, blocks // NQ)
         row += pid_m * BLOCK_M // TILE_Q
     start_m = pid_m * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     hk = h // GROUP
+    out_ptr += b * stride_ob + h * stride_oh
+    lse_ptr += head.to(tl.int64) * Sq
     if not DESCRIBED:
         q_ptr += b * stride_qb + h * stride_qh
         k_ptr += b * stride_kb + hk * stride_kh
@@ -148,15 +150,9 @@ def _attention_fwd_kernel(
     lse = tl.where(
         total == 0.0, float("-inf"), (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * 0.6931471805599453
     )
-    at = (
-        out_ptr
-        + b * stride_ob
-        + h * stride_oh
-        + offs_m[:, None].to(tl.int64) * stride_om
-        + offs_dv[None, :] * stride_od
-    )
+    at = out_ptr + offs_m[:, None].to(tl.int64) * stride_om + offs_dv[None, :] * stride_od
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_dv[None, :] < DV))
-    tl.store(lse_ptr + (b * H + h) * Sq + offs_m, lse, mask=mask_m)
+    tl.store(lse_ptr + offs_m, lse, mask=mask_m)
 
 
 def attention_fwd(
@@ -193,8 +189,8 @@ def attention_fwd(
     blocks = blocks_of(queries, tile.block_m, TILE_Q, mapped)
     turns = turns_of(batch * heads, keys * (d + dv) * q.element_size() // group, mapped)
     with device_guard(q):
-        _attention_fwd_kernel[(turns, blocks, batch * heads // turns)](
-            *inputs, *masks.pointers, *masks.tiles[:2], out, lse, heads, group, queries, keys, d,
+        _attention_fwd_kernel[(blocks * batch * heads,)](
+            *inputs, *masks.pointers, *masks.tiles[:2], out, lse, blocks, turns, heads, group, queries, keys, d,
             dv, cdiv(queries, TILE_Q), cdiv(keys, TILE_K), *q.stride(), *k.stride(), *v.stride(), *out.stride(),
             *masks.strides, *masks.tile_strides, tiles[1].shape[1] if mapped else 1, *masks.band, scale, softcap or 1.0,
             **masks.flags, HAS_SOFTCAP=softcap != 0.0, PRECISION=precision_name(precision), DESCRIBED=described,

@@ -29,9 +29,10 @@ def _attention_map_classes_kernel(
     HAS_IDS: tl.constexpr, HAS_PREFIX: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     pid_n = tl.program_id(0) % NK
-    pid_m = tl.program_id(0) // NK
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
+    outer = tl.program_id(0) // NK
+    pid_m = tl.program_id(1)
+    b = (outer // heads).to(tl.int64)
+    h = (outer % heads).to(tl.int64)
     offs_m = pid_m * TILE_Q + tl.arange(0, TILE_Q)
     offs_n = pid_n * TILE_K + tl.arange(0, TILE_K)
     ok = tile_mask(
@@ -61,8 +62,8 @@ def _attention_map_lists_kernel(
     classes_ptr, count_ptr, list_ptr, rows, n, stride_row, stride_entry, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Partial tiles of one row (or column) in order, then full ones."""
-    row = tl.program_id(0).to(tl.int64)
-    outer = tl.program_id(1).to(tl.int64)
+    outer = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
     classes_ptr += outer * rows * n + row * stride_row
     slot = outer * rows + row
     list_ptr += slot * n
@@ -88,8 +89,8 @@ def _attention_map_lists_kernel(
 @triton.jit
 def _attention_map_order_kernel(q_count_ptr, k_count_ptr, NQ, NK, q_programs, BLOCK: tl.constexpr):
     """The first programs rank rows of tiles, the others columns; of equal rows the last, of equal columns the first."""
-    outer = tl.program_id(1).to(tl.int64)
-    pid = tl.program_id(0)
+    outer = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(1)
     if pid < q_programs:
         _rank(q_count_ptr + outer * NQ * 3, pid, NQ, True, BLOCK)
     else:
@@ -152,7 +153,7 @@ def attention_map(
     padding = None if key_padding is None else key_padding.contiguous().view(torch.uint8)
     plain = [None if t is None else t.contiguous() for t in (key_lengths, q_ids, k_ids, prefix)]
     with device_guard(like):
-        _attention_map_classes_kernel[(nq * nk, items * heads)](
+        _attention_map_classes_kernel[(nk * items * heads, nq)](
             dense, plain[0], padding, *plain[1:], words, classes, q_length, k_length, nq, nk, w, heads,
             *mask_shape[1:], *shared, *strides, *band_limits(q_length, k_length, causal, left, right),
             BAND=(causal, left, right) != (0, -1, -1),
@@ -164,7 +165,7 @@ def attention_map(
             (counts[0], lists[0], nq, nk, (nk, 1)),
             (counts[1], lists[1], nk, nq, (1, nk)),
         ):
-            _attention_map_lists_kernel[(rows, items * heads)](
+            _attention_map_lists_kernel[(items * heads, rows)](
                 classes, count, entries, rows, n, *strides, BLOCK=min(next_power_of_two(n), 256), num_warps=1,
                 num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
@@ -179,7 +180,7 @@ def _order(q_count: Tensor, k_count: Tensor) -> None:
     if items * heads * (q_programs + k_programs) == 0:
         return
     with device_guard(q_count):
-        _attention_map_order_kernel[(q_programs + k_programs, items * heads)](
+        _attention_map_order_kernel[(items * heads, q_programs + k_programs)](
             q_count, k_count, nq, k_count.shape[2], q_programs, BLOCK=_RANKED, num_warps=4, num_stages=1,
             enable_fp_fusion=True,
         )  # fmt: skip
