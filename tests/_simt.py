@@ -45,3 +45,23 @@ def build_simt_library(sanitize: bool) -> Path:
 def load_simt_library() -> None:
     """Registers the pydl_simt ops, sanitized ones in a sanitized process."""
     torch.ops.load_library(str(build_simt_library(UNDER_ASAN)))
+
+
+def check_sanitized(file: str) -> None:
+    """The tests of a file that have "values" in their name pass again with the sanitized library, in a process."""
+    build_simt_library(sanitize=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "values", file]
+    environment = dict(sanitizer_environment(halt=True), PYDL_TEST_SIMT_ASAN="1")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout
+
+
+def drawn(
+    shape: tuple[int, ...], memory_format: torch.memory_format, skipped: int, dtype: torch.dtype, seed: int
+) -> torch.Tensor:
+    """Normal numbers around 2 in memory of exactly their size, so that a sanitizer sees the first byte past it."""
+    x = 2 + torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    x = x.to(dtype).contiguous(memory_format=memory_format)
+    memory = torch.empty(x.numel() + skipped, dtype=dtype)
+    return memory.as_strided(x.shape, x.stride(), skipped).copy_(x)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from _simt import UNDER_ASAN, build_simt_library, load_simt_library, sanitizer_environment
+from _simt import UNDER_ASAN, check_sanitized, drawn, load_simt_library
 
 from pydl.ops.batch_norm import torch_batch_norm_act
 
@@ -40,14 +35,6 @@ INPUTS = [
 def simt():
     load_simt_library()
     return torch.ops.pydl_simt
-
-
-def drawn(shape, memory_format, skipped, dtype, seed):
-    """Normal numbers around 2 in memory of exactly their size, so that a sanitizer sees the first byte past it."""
-    x = 2 + torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    x = x.to(dtype).contiguous(memory_format=memory_format)
-    memory = torch.empty(x.numel() + skipped, dtype=dtype)
-    return memory.as_strided(x.shape, x.stride(), skipped).copy_(x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,11 +98,4 @@ def test_values_of_float64_statistics_beside_float32_values(simt):
 @pytest.mark.slow
 @pytest.mark.skipif(UNDER_ASAN, reason="starts the sanitized process itself")
 def test_all_of_the_above_under_the_sanitizers():
-    build_simt_library(sanitize=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "values"]
-    environment = dict(sanitizer_environment(halt=True), PYDL_TEST_SIMT_ASAN="1")
-    result = subprocess.run(
-        [*command, str(Path(__file__))], env=environment, capture_output=True, text=True, timeout=1200
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert " passed" in result.stdout and os.environ.get("PYDL_TEST_SIMT_ASAN") is None
+    check_sanitized(__file__)

@@ -1,15 +1,11 @@
 """The CUDA sources of max pooling, run by the SIMT host runner: every kernel variant against torch on CPU."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from _simt import UNDER_ASAN, build_simt_library, load_simt_library, sanitizer_environment
+from _simt import UNDER_ASAN, check_sanitized, load_simt_library
 
 from pydl import ops  # noqa: F401  (defines the schemas of pydl_simt)
 
@@ -238,11 +234,4 @@ def test_values_of_vector_kernels_beyond_2_to_31_elements(simt, layout):
 @pytest.mark.slow
 @pytest.mark.skipif(UNDER_ASAN, reason="starts the sanitized process itself")
 def test_all_of_the_above_under_the_sanitizers():
-    build_simt_library(sanitize=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "values"]
-    environment = dict(sanitizer_environment(halt=True), PYDL_TEST_SIMT_ASAN="1")
-    result = subprocess.run(
-        [*command, str(Path(__file__))], env=environment, capture_output=True, text=True, timeout=1200
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert " passed" in result.stdout and os.environ.get("PYDL_TEST_SIMT_ASAN") is None
+    check_sanitized(__file__)

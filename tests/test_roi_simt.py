@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from _simt import UNDER_ASAN, build_simt_library, load_simt_library, sanitizer_environment
+from _simt import UNDER_ASAN, check_sanitized, load_simt_library
 
 from pydl import ops  # noqa: F401  (defines the schemas of pydl_simt)
 from pydl.reference._roi import random_boxes
@@ -167,11 +162,4 @@ def test_values_of_wild_positions_stay_in_memory(simt, layout):
 @pytest.mark.slow
 @pytest.mark.skipif(UNDER_ASAN, reason="starts the sanitized process itself")
 def test_all_of_the_above_under_the_sanitizers():
-    build_simt_library(sanitize=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "values"]
-    environment = dict(sanitizer_environment(halt=True), PYDL_TEST_SIMT_ASAN="1")
-    result = subprocess.run(
-        [*command, str(Path(__file__))], env=environment, capture_output=True, text=True, timeout=1200
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert " passed" in result.stdout and os.environ.get("PYDL_TEST_SIMT_ASAN") is None
+    check_sanitized(__file__)
