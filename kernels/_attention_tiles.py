@@ -264,9 +264,9 @@ def _fitted(tile: Tiles, kernel: str, queries: int, wide: int, itemsize: int, he
 
 # Where the forward reads q, k and v through tensor descriptors: by arch, bytes of an element, bytes of a row and
 # whether masks are heavy. Not measured on a GPU: an entry that proves slower than pointers is to be deleted. Chosen
-# because a loop then holds no addresses and masks of rows (on sm_90 up to 44 registers less). fp32 is not here: its
-# products are made from registers, and wait for them, not for memory. So are all on sm_120, and what is not here for it
-# and for sm_100 spills 80 to 992 bytes with descriptors.
+# because a loop then holds no addresses and masks of rows (on sm_90 up to 44 registers less). Not here: fp32, whose
+# products are made from registers and wait for them, not for memory; and what spills with descriptors, 80 to 992 bytes,
+# on sm_100 and on sm_120, where products of half precision are made from registers too.
 _DESCRIBED = {
     *((90, 2, wide, heavy) for wide in (128, 256, 512) for heavy in (False, True)),
     *((100, 2, wide, heavy) for wide in (128, 256, 512) for heavy in (False, True) if (wide, heavy) != (128, True)),
